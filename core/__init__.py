@@ -1,0 +1,59 @@
+"""prefzoo: every preference-optimization algorithm by name, on one engine, compared with honest statistics.
+
+>>> import prefzoo
+>>> prefzoo.create_algorithm("dpo", beta=0.2).needs == {"policy", "reference"}
+True
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# The face is lazy: ``import prefzoo`` costs nothing, and a name is imported when it is first used.
+_FACE = {
+    "train": "prefzoo.training",
+    "Run": "prefzoo.training",
+    "TrainConfig": "prefzoo.training",
+    "Algorithm": "prefzoo.algorithm",
+    "Schedule": "prefzoo.algorithm",
+    "Stage": "prefzoo.algorithm",
+    "Term": "prefzoo.algorithm",
+    "create_algorithm": "prefzoo.algorithm",
+    "list_algorithms": "prefzoo.algorithm",
+    "register_algorithm": "prefzoo.algorithm",
+    "load_dataset": "prefzoo.data.formats",
+    "compare": "prefzoo.benchmarks",
+    "UsageError": "prefzoo.registry",
+}
+
+if TYPE_CHECKING:
+    from prefzoo.algorithm import (
+        Algorithm, Schedule, Stage, Term, create_algorithm, list_algorithms, register_algorithm,
+    )  # fmt: skip
+    from prefzoo.benchmarks import compare
+    from prefzoo.data.formats import load_dataset
+    from prefzoo.registry import UsageError
+    from prefzoo.training import Run, TrainConfig, train
+
+__all__ = [
+    "Algorithm", "Run", "Schedule", "Stage", "Term", "TrainConfig", "UsageError", "compare", "create_algorithm",
+    "list_algorithms", "load_dataset", "register_algorithm", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FACE:
+        return getattr(importlib.import_module(_FACE[name]), name)
+    try:
+        return importlib.import_module(f"prefzoo.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"prefzoo.{name}":
+            raise
+        raise AttributeError(f"module 'prefzoo' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FACE})

@@ -1,0 +1,269 @@
+"""An algorithm is a composition: stages of parts that fit, checked before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from prefzoo.data.samples import Kind
+from prefzoo.losses import LOSSES, Loss, create_loss
+from prefzoo.parts.controllers import AdaptiveKL, FixedKL
+from prefzoo.parts.count import Count, as_count
+from prefzoo.parts.credit import GAE, BestOfK, GroupRelative, LeaveOneOut
+from prefzoo.parts.feedback import Finished, Labels, MaskTruncated, Reward
+from prefzoo.parts.prelude import RotatedBaseline
+from prefzoo.parts.roles import CRITIC, POLICY, REFERENCE, REWARD
+from prefzoo.parts.source import DatasetRows, Rollouts
+from prefzoo.records import Likelihood, Pairs, PolicyGradient, Record, Scores, Unpaired, Values
+from prefzoo.registry import Entry, Registry, UsageError, suggest
+
+Source = DatasetRows | Rollouts
+Feedback = Labels | Reward
+Credit = GroupRelative | LeaveOneOut | GAE | BestOfK
+Keep = Finished | MaskTruncated
+
+# What a family is made from: the gift of the credit, or of the source where there is none.
+TAKES: dict[type[Record], str] = {
+    Pairs: "pairs",
+    Scores: "pairs",
+    Unpaired: "unpaired",
+    Likelihood: "completions",
+    PolicyGradient: "advantages",
+    Values: "advantages",
+}
+CURES = {
+    ("advantages", "rollouts"): "give a credit: GroupRelative(), LeaveOneOut() or GAE()",
+    ("completions", "rollouts"): "give the credit BestOfK()",
+    ("pairs", "advantages"): "pairs come from DatasetRows('pairs')",
+    ("completions", "advantages"): "likelihood takes BestOfK() instead",
+    ("advantages", "pairs"): "policy gradients need Rollouts() as the source",
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss on rows, divided by a count, times a weight, training one role.
+
+    ``rows``: ``"main"`` is what the stage's credit gives; ``"ptx"`` are rows of a demonstration data set beside it.
+    """
+
+    loss: Loss
+    rows: str = "main"
+    count: Count | str | None = None
+    weight: float = 1.0
+    trains: str = POLICY
+
+    @property
+    def counted(self) -> Count:
+        return as_count(self.count if self.count is not None else self.loss.count)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """For rollout sources: prompts per step, and how its samples are walked through.
+
+    Each of ``inner_epochs`` passes is cut into ``minibatches`` optimizer steps, or into steps of ``minibatch_rows``.
+    """
+
+    prompts: int = 32
+    inner_epochs: int = 1
+    minibatches: int = 1
+    minibatch_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.minibatch_rows is not None and self.minibatches != 1:
+            raise UsageError("schedule: give minibatches or minibatch_rows, not both.")
+        if min(self.prompts, self.inner_epochs, self.minibatches, self.minibatch_rows or 1) < 1:
+            raise UsageError(f"schedule: all numbers must be at least 1; got {self}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training loop: samples, what they are worth, and the terms that move the models."""
+
+    source: Source
+    terms: tuple[Term, ...]
+    feedback: Feedback = field(default_factory=Labels)
+    keep: Keep | None = None
+    credit: Credit | None = None
+    prelude: RotatedBaseline | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+    controllers: Mapping[str, FixedKL | AdaptiveKL] = field(default_factory=dict)
+    critic_from: str = POLICY
+    pooling: str = "last"
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise UsageError("a stage needs at least one term.")
+        gift = self.source.gives if self.credit is None else self.credit.gives
+        for term in self.terms:
+            have = "completions" if term.rows == "ptx" else gift
+            need = TAKES[term.loss.family]
+            if need != have:
+                cure = CURES.get((need, have), f"choose parts that give {need!r}")
+                maker = f"credit {type(self.credit).__name__}" if self.credit else f"source {type(self.source).__name__}"
+                raise UsageError(f"loss {term.loss.name!r} takes {need}, but {maker} gives {have}; {cure}.")
+            if "baseline" in term.loss.extras and self.prelude is None:
+                raise UsageError(f"loss {term.loss.name!r} needs a baseline; give prelude=RotatedBaseline().")
+            if term.loss.family is Values and term.trains != CRITIC:
+                raise UsageError(f"loss {term.loss.name!r} trains the critic; write Term(..., trains='critic').")
+        if isinstance(self.source, Rollouts):
+            if isinstance(self.feedback, Labels):
+                raise UsageError("rollouts have no labels; give feedback=Reward() or Verifier().")
+            if self.credit and self.source.group_size < self.credit.smallest_group:
+                raise UsageError(
+                    f"credit {type(self.credit).__name__} compares samples of one prompt: group_size must be at least "
+                    f"{self.credit.smallest_group}, got {self.source.group_size}."
+                )
+        elif self.credit is not None or not isinstance(self.feedback, Labels) or self.keep is not None:
+            raise UsageError("rows of a data set carry their labels; credit, keep and reward belong to Rollouts().")
+        if self.uses_critic and not any(t.trains == CRITIC for t in self.terms):
+            raise UsageError("credit GAE needs a critic that learns; add Term(create_loss('clipped_value'), trains='critic').")
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """Roles that a term moves."""
+        return tuple(dict.fromkeys(t.trains for t in self.terms))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Roles that must be there: the shared layer loads exactly these."""
+        parts = [p.needs for p in (self.feedback, self.credit, self.prelude) if p is not None]
+        reference = frozenset({REFERENCE}) if any(t.loss.reference for t in self.terms) else frozenset()
+        return frozenset().union(*parts, reference, self.trains)
+
+    @property
+    def uses_critic(self) -> bool:
+        return self.credit is not None and CRITIC in self.credit.needs
+
+    @property
+    def on_policy(self) -> bool:
+        return isinstance(self.source, Rollouts)
+
+
+class Algorithm:
+    """Stages, written flat when there is one: ``Algorithm(source=..., loss=..., count=...)`` or ``terms=(...)``."""
+
+    def __init__(
+        self,
+        *,
+        stages: tuple[Stage, ...] = (),
+        loss: Loss | None = None,
+        count: Count | str | None = None,
+        **one_stage: Any,
+    ) -> None:
+        if stages and (loss is not None or one_stage):
+            raise UsageError("Algorithm: give stages, or the parts of a single stage, not both.")
+        if not stages:
+            if loss is not None:
+                role = REWARD if loss.family is Scores else POLICY
+                one_stage["terms"] = (*one_stage.get("terms", ()), Term(loss, count=count, trains=role))
+            known = Stage.__dataclass_fields__
+            for key in one_stage:
+                if key not in known:
+                    raise UsageError(f"Algorithm has no part {key!r}{suggest(key, known)} Parts: {', '.join(known)}.")
+            stages = (Stage(**one_stage),)
+        self.stages = stages
+        self.name = "unnamed"
+        self.options: dict[str, Any] = {}
+        self.recommended: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}  # registered functions this was made of -> hash of their source
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(s.needs for s in self.stages))
+
+    @property
+    def data(self) -> Kind:
+        """The kind of rows its first stage is trained on."""
+        return self.stages[0].source.data
+
+    @property
+    def trains_reward(self) -> bool:
+        """Whether its product is a reward model instead of a policy."""
+        return REWARD in self.stages[-1].trains
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        return f"<algorithm {self.name}({options}): {' -> '.join(_describe(s) for s in self.stages)}>"
+
+
+def _describe(stage: Stage) -> str:
+    terms = " + ".join(f"{t.weight:g} {t.loss.name}/{t.counted.unit}->{t.trains}" for t in stage.terms)
+    parts = [type(p).__name__ for p in (stage.source, stage.feedback, stage.keep, stage.credit) if p is not None]
+    return f"{' x '.join(parts)} x {{{terms}}}"
+
+
+ALGORITHMS = Registry("algorithm", provider="prefzoo.algos")
+
+
+def register_algorithm(
+    function: Callable[..., Algorithm] | None = None,
+    /,
+    *,
+    paper: str | None = None,
+    aliases: tuple[str, ...] = (),
+    recommended: Mapping[str, Any] | None = None,
+) -> Any:
+    """Register a function that returns an :class:`Algorithm` under its name.
+
+    Its keyword-only arguments are the configuration of the mathematics; ``recommended`` are values for
+    :class:`~prefzoo.training.TrainConfig` that a user's own values override.
+    """
+    if function is None:
+        return lambda f: register_algorithm(f, paper=paper, aliases=aliases, recommended=recommended)
+    return ALGORITHMS.register(function, paper=paper, aliases=aliases, recommended=dict(recommended or {}))
+
+
+def _of_loss(entry: Entry, options: dict[str, Any]) -> Algorithm:
+    """A registered loss is at once an algorithm of the same name, through its family's default composition."""
+    loss = create_loss(entry.name, **options)
+    if loss.family is Values:
+        raise UsageError(f"loss {entry.name!r} trains a critic; it is a term of an algorithm (see ppo), not one of its own.")
+    if loss.family is PolicyGradient:
+        return Algorithm(source=Rollouts(8), feedback=Reward(), credit=GroupRelative(), loss=loss)
+    kind: dict[type[Record], Kind] = {Pairs: "pairs", Scores: "pairs", Unpaired: "unpaired", Likelihood: "completions"}
+    prelude = RotatedBaseline() if "baseline" in loss.extras else None
+    return Algorithm(source=DatasetRows(kind[loss.family]), loss=loss, prelude=prelude)
+
+
+def algorithm_entry(name: str) -> Entry:
+    """The entry behind an algorithm's name: a composition, or a loss."""
+    if name not in ALGORITHMS and name in LOSSES:
+        return LOSSES.entry(name)
+    if name not in ALGORITHMS:
+        known = list_algorithms()
+        raise UsageError(f"no algorithm {name!r}{suggest(name, known)} Registered: {', '.join(known)}.")
+    return ALGORITHMS.entry(name)
+
+
+def create_algorithm(name: str, /, **options: Any) -> Algorithm:
+    """The algorithm of that name; an unknown name or option raises with the nearest.
+
+    >>> create_algorithm("dpo", beta=0.2).needs == {"policy", "reference"}
+    True
+    """
+    entry = algorithm_entry(name)
+    entry.check_options(options, "algorithm")
+    is_loss = entry.name not in ALGORITHMS
+    algorithm = _of_loss(entry, options) if is_loss else entry.function(**options)
+    algorithm.name = entry.name
+    algorithm.options = {**entry.options, **options}
+    algorithm.recommended = {} if is_loss else dict(entry.tags["recommended"])
+    algorithm.sources = {entry.name: entry.source_hash()}
+    for stage in algorithm.stages:
+        algorithm.sources |= {f"loss:{t.loss.name}": t.loss.entry.source_hash() for t in stage.terms}
+    return algorithm
+
+
+def list_algorithms(pattern: str = "*") -> list[str]:
+    """Names of all algorithms that match a shell pattern: compositions, and losses with a default composition."""
+    losses = [n for n in LOSSES.names(pattern) if LOSSES.entry(n).tags["family"] is not Values]
+    return sorted({*ALGORITHMS.names(pattern), *losses})
+
+
+__all__ = [
+    "ALGORITHMS", "Algorithm", "Schedule", "Stage", "Term", "algorithm_entry", "create_algorithm", "list_algorithms",
+    "register_algorithm", "replace",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""From text to token ids: formats, conversions, the token store, samples."""

@@ -1,0 +1,1 @@
+"""Parts: what an algorithm is composed of."""

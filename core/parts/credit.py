@@ -1,0 +1,114 @@
+"""Credit: what does each sample or token deserve? Takes scored rollouts, gives what a loss is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefzoo.data.samples import Samples
+from prefzoo.losses import advantages
+from prefzoo.losses.kl import EstimatorName, kl_estimator
+from prefzoo.parts.controllers import AdaptiveKL, FixedKL
+from prefzoo.parts.roles import CRITIC, REFERENCE
+from prefzoo.registry import UsageError
+
+
+@dataclass(frozen=True)
+class GroupRelative:
+    """A = (R - mean of its group) / (std of its group + eps); without ``std`` the difference alone."""
+
+    std: bool = True
+    eps: float = 1e-4
+
+    gives = "advantages"
+    needs: frozenset[str] = frozenset()
+    smallest_group = 2
+
+    def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
+        group_B = torch.from_numpy(samples.prompt_B)
+        return _per_token(samples, advantages.group_relative(scores_B, group_B, std=self.std, eps=self.eps))
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """A = R - mean reward of the *other* samples of the prompt (RLOO)."""
+
+    gives = "advantages"
+    needs: frozenset[str] = frozenset()
+    smallest_group = 2
+
+    def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
+        return _per_token(samples, advantages.leave_one_out(scores_B, torch.from_numpy(samples.prompt_B)))
+
+
+@dataclass(frozen=True)
+class GAE:
+    """Generalised advantage estimation with a critic, a KL penalty in the reward, and whitened advantages.
+
+    r_t = - kl * k(pi, ref)_t + [t is the last token] score;  A_t = sum_l (gamma * lam)^l delta_{t+l}
+    """
+
+    lam: float = 0.95
+    gamma: float = 1.0
+    kl: FixedKL | AdaptiveKL = FixedKL(0.05)
+    estimator: EstimatorName = "k1"
+    whiten: bool = True
+
+    gives = "advantages"
+    smallest_group = 1
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({CRITIC, REFERENCE})
+
+    def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
+        mask_BT = samples.mask_BT()
+        old_BT, ref_BT, values_BT = (samples.padded(samples.tokens[k]) for k in ("old_logps", "ref_logps", "values"))
+        known_B = ~scores_B.isnan()  # a missing reward gives no signal: its row is left out below
+        rewards_BT = advantages.shaped_rewards(
+            scores_B.nan_to_num(), old_BT, ref_BT, mask_BT, kl=self.kl.value, estimator=self.estimator
+        )
+        advantages_BT, returns_BT = advantages.gae(rewards_BT, values_BT, mask_BT, gamma=self.gamma, lam=self.lam)
+        counted_BT = mask_BT & known_B[:, None]
+        if self.whiten:
+            advantages_BT = advantages.whiten(advantages_BT, counted_BT)
+        flat_known = known_B.repeat_interleave(mask_BT.sum(-1))
+        trainable = samples.tokens.get("trainable", torch.ones_like(flat_known)) & flat_known
+        return samples.with_tokens(
+            advantages=advantages_BT[mask_BT], returns=returns_BT[mask_BT], trainable=trainable
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BestOfK:
+    """The ``k`` best completions of each prompt, to be made likelier; ties go to the first."""
+
+    k: int = 1
+
+    gives = "completions"
+    needs: frozenset[str] = frozenset()
+    smallest_group = 2
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UsageError(f"best of k needs k >= 1, got {self.k}.")
+
+    def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
+        winners = advantages.best_of_k(scores_B, torch.from_numpy(samples.prompt_B), k=self.k)
+        return samples.take(winners.numpy())
+
+
+def _per_token(samples: Samples, advantage_B: Tensor) -> Samples:
+    lengths_B = torch.from_numpy(samples.completions.lengths)
+    return samples.with_tokens(advantages=advantage_B.repeat_interleave(lengths_B))
+
+
+def sequence_kl(samples: Samples, estimator: EstimatorName = "k1") -> Tensor:
+    """Estimated KL to the reference of each sampled completion, (B,), in nats."""
+    kl_C = kl_estimator(estimator)(samples.tokens["old_logps"], samples.tokens["ref_logps"])
+    owner_C = torch.repeat_interleave(
+        torch.arange(len(samples.completions)), torch.from_numpy(samples.completions.lengths)
+    )
+    return torch.zeros(len(samples.completions)).index_add(0, owner_C, kl_C)

@@ -1,0 +1,56 @@
+"""Feedback: who says what is good?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefzoo.data.samples import Samples
+from prefzoo.parts.roles import REWARD, Roles
+from prefzoo.rollout import Finish
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of the data."""
+
+    needs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The run's ``reward``: a reward model, a function or a verifier. ``missing_eos_penalty`` is subtracted from the
+    score of a completion that was cut at the limit."""
+
+    missing_eos_penalty: float = 0.0
+    needs: frozenset[str] = frozenset({REWARD})
+
+    def __call__(self, samples: Samples, roles: Roles) -> Tensor:
+        cut_B = samples.columns["finish"] == Finish.LENGTH
+        return roles.rewards(samples) - self.missing_eos_penalty * cut_B.float()
+
+
+@dataclass(frozen=True)
+class Verifier(Reward):
+    """The run's ``reward``, which must check rather than judge: a function or a verifier, not a reward model."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Keep the completions that the model ended itself."""
+
+    def __call__(self, samples: Samples, scores_B: Tensor) -> tuple[Samples, Tensor]:
+        rows = torch.nonzero(samples.columns["finish"] == Finish.STOP)[:, 0]
+        return samples.take(rows.numpy()), scores_B[rows]
+
+
+@dataclass(frozen=True)
+class MaskTruncated:
+    """Keep all, but take no gradient from completions cut at the limit; they count as rows and in the baseline."""
+
+    def __call__(self, samples: Samples, scores_B: Tensor) -> tuple[Samples, Tensor]:
+        ended_B = samples.columns["finish"] == Finish.STOP
+        lengths_B = torch.from_numpy(samples.completions.lengths)
+        return samples.with_tokens(trainable=ended_B.repeat_interleave(lengths_B)), scores_B

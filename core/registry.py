@@ -1,0 +1,162 @@
+"""Names: one registry class, used for losses, algorithms, worlds and judges.
+
+The name of an entry is the name of its function, its configuration is the function's signature, its documentation
+the docstring. A leaf module: it imports nothing of prefzoo.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class UsageError(ValueError):
+    """A mistake of the caller, told in words: what is at fault, what was expected, and the cure."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that looks most like this one, if any does."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), None)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the nearest known one, or a full stop.
+
+    >>> suggest("dop", ["dpo", "ipo", "kto"]), suggest("xyz", ["dpo"])
+    ("; did you mean 'dpo'?", '.')
+    """
+    near = nearest(word, known)
+    return f"; did you mean {near!r}?" if near else "."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known about a registered function without calling it."""
+
+    name: str
+    function: Callable[..., Any]
+    paper: str | None = None
+    aliases: tuple[str, ...] = ()
+    tags: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def line(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword-only options of the function, with their defaults."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def check_options(self, options: Mapping[str, Any], kind: str) -> None:
+        """Refuse an option that the function does not have."""
+        for key in options:
+            if key not in self.options:
+                raise UsageError(
+                    f"{kind} {self.name!r} has no option {key!r}{suggest(key, self.options)} "
+                    f"Its options: {', '.join(self.options) or 'none'}."
+                )
+
+    def source_hash(self) -> str:
+        """Hash of the file that defines the function, so that edited mathematics never gets an old result.
+
+        The whole file, not the function alone: helpers beside it are part of what it computes.
+        """
+        target = inspect.unwrap(self.function)
+        try:
+            source = inspect.getsource(inspect.getmodule(target) or target)
+        except (OSError, TypeError):  # defined in an interpreter or a notebook cell: the code object is all there is
+            code = target.__code__
+            source = repr((code.co_code, code.co_consts, code.co_names))
+        return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+class Registry:
+    """Functions by name. ``provider`` is the module that registers our own entries, imported at the first look-up.
+
+    Packages add entries through the entry-point group ``prefzoo.<kind>s``; users' files through ``--import``.
+
+    >>> shapes = Registry("shape")
+    >>> @shapes.register(aliases=("quad",))
+    ... def square(*, side: float = 1.0) -> float:
+    ...     "A square's area."
+    ...     return side * side
+    >>> shapes.entry("quad").line
+    "A square's area."
+    >>> shapes.names("s*")
+    ['square']
+    """
+
+    def __init__(self, kind: str, provider: str | None = None) -> None:
+        self.kind = kind
+        self._provider = provider
+        self._loaded = provider is None
+        self._entries: dict[str, Entry] = {}
+        self._aliases: dict[str, str] = {}
+
+    def register(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        paper: str | None = None,
+        aliases: tuple[str, ...] = (),
+        **tags: Any,
+    ) -> Any:
+        """Decorator: the function's name becomes the entry's name. A name that is taken raises."""
+        if function is None:
+            return lambda f: self.register(f, paper=paper, aliases=aliases, **tags)
+        name = function.__name__
+        for word in (name, *aliases):
+            owner = self._entries.get(self._aliases.get(word, word))
+            if owner is not None and not _same_definition(owner.function, function):
+                raise UsageError(
+                    f"{self.kind} {word!r} is already registered by {owner.function.__module__}; choose another name."
+                )
+        self._entries[name] = Entry(name, function, paper, aliases, tags)
+        self._aliases.update(dict.fromkeys(aliases, name))
+        return function
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True  # before the import: the provider itself registers here
+        assert self._provider is not None
+        importlib.import_module(self._provider)
+        for point in importlib.metadata.entry_points(group=f"prefzoo.{self.kind}s"):
+            point.load()
+
+    def __contains__(self, name: str) -> bool:
+        self._load()
+        return self._aliases.get(name, name) in self._entries
+
+    def entry(self, name: str) -> Entry:
+        """The entry of a name or alias; an unknown one raises with the nearest name."""
+        self._load()
+        found = self._entries.get(self._aliases.get(name, name))
+        if found is None:
+            known = [*self._entries, *self._aliases]
+            raise UsageError(
+                f"no {self.kind} {name!r}{suggest(name, known)} Registered: {', '.join(sorted(self._entries))}."
+            )
+        return found
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Sorted names that match a shell pattern."""
+        self._load()
+        return sorted(fnmatch.filter(self._entries, pattern))
+
+
+def _same_definition(old: Callable[..., Any], new: Callable[..., Any]) -> bool:
+    """Whether ``new`` is ``old`` imported again (``--import`` of one file in two ways), not a second definition."""
+    old, new = inspect.unwrap(old), inspect.unwrap(new)
+    return (old.__code__.co_filename, old.__qualname__) == (new.__code__.co_filename, new.__qualname__)

@@ -1,0 +1,206 @@
+"""The built-in decode loop: every prompt prefilled once, a KV slab behind the attention hook, finished rows dropped."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefzoo.data.samples import Ragged, Samples
+from prefzoo.models.roles import Policy
+from prefzoo.models.tree import AttentionPlan, TreeBatch
+from prefzoo.registry import UsageError
+from prefzoo.seeds import uniforms
+
+
+class Finish(enum.IntEnum):
+    """Why a completion ended."""
+
+    STOP = 0  # the model wrote its end-of-sequence token
+    LENGTH = 1  # it was cut at the limit
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. ``temperature=0`` takes the likeliest token; ``top_p`` keeps the smallest set of tokens with
+    that much probability."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+            raise UsageError(f"sampling needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1; got {self}.")
+
+
+@dataclass
+class _Capture:
+    """Prefill: attends by the tree plan and keeps keys and values of every layer."""
+
+    plan: AttentionPlan
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        self.layers[layer] = (key[0].transpose(0, 1), value[0].transpose(0, 1))  # (N, H, D)
+        return self.plan.attend(layer, query, key, value, *rest)
+
+
+@dataclass
+class _Slab:
+    """Decode: one new token for each of R rows. Prompts are right-aligned to L, so row r writes column L + step."""
+
+    keys: dict[int, Tensor]  # (R, H, L + T, D)
+    values: dict[int, Tensor]
+    visible: Tensor | None  # (R, L + T): False where a shorter prompt is padded; None if none is
+    column: int = 0
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        keys, values, end = self.keys[layer], self.values[layer], self.column + 1
+        keys[:, :, self.column] = key[:, :, 0]
+        values[:, :, self.column] = value[:, :, 0]
+        first = max(0, end - window) if window is not None else 0
+        mask = None if self.visible is None else self.visible[:, None, None, first:end]
+        out = F.scaled_dot_product_attention(
+            query, keys[:, :, first:end], values[:, :, first:end], attn_mask=mask, scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+        return out.transpose(1, 2)
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys = {i: k[rows] for i, k in self.keys.items()}
+        self.values = {i: v[rows] for i, v in self.values.items()}
+        self.visible = None if self.visible is None else self.visible[rows]
+
+
+class LoopEngine:
+    """Samples from a :class:`Policy` in this process."""
+
+    def __init__(self, policy: Policy, eos_token_id: int, *, rows_per_batch: int = 512) -> None:
+        self.policy = policy
+        self.eos = eos_token_id
+        self.rows_per_batch = rows_per_batch
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Samples, n: int, sampling: Sampling, seed: int, keys_P: np.ndarray | None = None
+    ) -> Samples:
+        """``n`` completions of each prompt, prompt by prompt.
+
+        A completion depends on (weights, prompt, ``seed``, its prompt's key, its number) only, not on its neighbours;
+        ``keys_P`` defaults to the prompt's position. Columns: ``finish`` (:class:`Finish`), token column
+        ``old_logps``: log-probabilities under the distribution that was sampled from (after temperature and top-p;
+        at temperature 0 under the model's own distribution). The EOS token is part of a finished completion.
+        """
+        model = self.policy.model
+        lengths = prompts.prompts.lengths
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and len(lengths) and lengths.max() + sampling.max_new_tokens > limit:
+            raise UsageError(
+                f"prompts of up to {lengths.max()} tokens and max_new_tokens={sampling.max_new_tokens} exceed the "
+                f"model's {limit} positions; lower max_new_tokens, or max_length of the data."
+            )
+        keys = np.arange(len(lengths)) if keys_P is None else np.asarray(keys_P)
+        was_training = model.training
+        model.eval()
+        order = np.argsort(lengths, kind="stable")
+        per_batch = max(1, self.rows_per_batch // n)
+        ids: list[np.ndarray] = [np.zeros(0)] * (len(lengths) * n)
+        logps: list[Tensor] = [torch.zeros(0)] * (len(lengths) * n)
+        for start in range(0, len(order), per_batch):
+            which = order[start : start + per_batch]
+            row_keys = (keys[which, None] * 65_537 + np.arange(n)).reshape(-1)  # (prompt, number of the sample)
+            uniform_RT = uniforms(seed, row_keys, sampling.max_new_tokens)
+            rows = self._batch(prompts.prompts.take(which), n, sampling, torch.from_numpy(uniform_RT))
+            for place, (row_ids, row_logps) in enumerate(rows):
+                target = int(which[place // n]) * n + place % n
+                ids[target], logps[target] = row_ids, row_logps
+        model.train(was_training)
+        finish = [Finish.STOP if i[-1] == self.eos else Finish.LENGTH for i in ids]
+        return Samples(
+            "completions", prompts.prompts, Ragged.of(ids), np.repeat(np.arange(len(lengths)), n),
+            columns={"finish": torch.tensor(finish)}, tokens={"old_logps": torch.cat(logps)}, extra=prompts.extra,
+        )  # fmt: skip
+
+    def _batch(
+        self, prompts: Ragged, n: int, sampling: Sampling, uniform_RT: Tensor
+    ) -> list[tuple[np.ndarray, Tensor]]:
+        device = next(self.policy.parameters()).device
+        steps = sampling.max_new_tokens
+        slab, logits, lengths_R = self._prefill(prompts, n, steps, device)
+        width, rows = slab.column, len(lengths_R)
+        uniform_RT = uniform_RT.to(device)
+        out = torch.zeros(rows, steps, dtype=torch.long, device=device)
+        out_logps = torch.zeros(rows, steps, device=device)
+        count = torch.full((rows,), steps, device=device)
+        live = torch.arange(rows, device=device)  # rows of the slab -> rows of the output
+        done = torch.zeros(rows, dtype=torch.bool, device=device)  # of the slab
+        for step in range(steps):
+            token, logp = choose(logits, uniform_RT[live, step], sampling)
+            out[live, step], out_logps[live, step] = token, logp.float()
+            ended = (token == self.eos) & ~done
+            count[live[ended]] = step + 1
+            done |= ended
+            if step == steps - 1 or bool(done.all()):
+                break
+            if int(done.sum()) >= 0.25 * len(done):
+                keep = ~done
+                slab.keep(keep)
+                live, token, lengths_R, done = live[keep], token[keep], lengths_R[keep], done[keep]
+            slab.column = width + step
+            logits = self.policy.model(
+                input_ids=token[:, None], position_ids=(lengths_R + step)[:, None], use_cache=False,
+                attention_plan=slab, logits_to_keep=1,
+            ).logits[:, 0]  # fmt: skip
+        out_ids, counts, out_logps = out.cpu().numpy(), count.tolist(), out_logps.cpu()
+        return [(out_ids[r, : counts[r]], out_logps[r, : counts[r]]) for r in range(rows)]
+
+    def _prefill(self, prompts: Ragged, n: int, steps: int, device: Any) -> tuple[_Slab, Tensor, Tensor]:
+        """Run each prompt once; keys and values right-aligned and repeated n times; logits of the first token."""
+        tree = TreeBatch.pack(prompts, Ragged.of([]), np.zeros(0, dtype=np.int64), device)
+        capture = _Capture(tree.plan)
+        lengths, width = prompts.lengths, int(prompts.lengths.max())
+        ends = torch.from_numpy(prompts.offsets[1:] - 1).to(device)
+        logits = self.policy.model(
+            input_ids=tree.ids_N[None], position_ids=tree.positions_N[None], use_cache=False,
+            attention_plan=capture, logits_to_keep=ends,
+        ).logits[0]  # fmt: skip
+        columns = np.arange(width)[None] - (width - lengths)[:, None]  # position within the prompt; negative: padding
+        index = torch.from_numpy(np.where(columns >= 0, prompts.offsets[:-1, None] + columns, 0)).to(device)
+        keys, values = {}, {}
+        for layer, (key, value) in capture.layers.items():
+            for slab, x in ((keys, key), (values, value)):
+                filled = x[index].transpose(1, 2).repeat_interleave(n, 0)  # (R, H, L, D)
+                slab[layer] = filled.new_zeros(*filled.shape[:2], width + steps, filled.shape[3])
+                slab[layer][:, :, :width] = filled
+        visible = None
+        if (lengths < width).any():
+            real = torch.from_numpy(columns >= 0).to(device).repeat_interleave(n, 0)
+            visible = torch.cat([real, real.new_ones(len(real), steps)], dim=1)
+        lengths_R = torch.from_numpy(lengths).to(device).repeat_interleave(n)
+        return _Slab(keys, values, visible, column=width), logits.repeat_interleave(n, 0), lengths_R
+
+
+def choose(logits_RV: Tensor, uniform_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """One token per row by inverse CDF, and its log-probability under the distribution sampled from."""
+    logits_RV = logits_RV.float()
+    if sampling.temperature == 0:
+        token_R = logits_RV.argmax(-1)
+        return token_R, logits_RV.log_softmax(-1).gather(-1, token_R[:, None])[:, 0]
+    logps_RV = (logits_RV / sampling.temperature).log_softmax(-1)
+    if sampling.top_p < 1:
+        sorted_logps, order = logps_RV.sort(-1, descending=True)
+        before = sorted_logps.exp().cumsum(-1) - sorted_logps.exp()
+        dropped = (before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p)
+        logps_RV = logps_RV.masked_fill(dropped, -torch.inf).log_softmax(-1)
+    cumulative = logps_RV.exp().cumsum(-1)
+    level = uniform_R[:, None].to(cumulative.dtype) * cumulative[:, -1:]
+    token_R1 = torch.searchsorted(cumulative, level, right=True).clamp_(max=logits_RV.shape[-1] - 1)
+    return token_R1[:, 0], logps_RV.gather(-1, token_R1)[:, 0]

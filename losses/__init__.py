@@ -1,0 +1,13 @@
+"""prefzoo.losses: pure functions on tensors, one registered loss per name.
+
+>>> from prefzoo.losses import create_loss
+>>> create_loss("dpo", beta=0.2).options
+{'beta': 0.2}
+"""
+
+if __name__ != "prefzoo.losses":
+    raise ImportError("import prefzoo.losses, not losses: this folder is a part of the package 'prefzoo' (pip install -e .)")
+
+from prefzoo.losses.base import LOSSES, Loss, create_loss, list_losses, register_loss  # noqa: E402
+
+__all__ = ["LOSSES", "Loss", "create_loss", "list_losses", "register_loss"]
