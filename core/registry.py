@@ -83,7 +83,7 @@ class Entry:
 class Registry:
     """Functions by name. ``provider`` is the module that registers our own entries, imported at the first look-up.
 
-    Packages add entries through the entry-point group ``prefzoo.<kind>s``; users' files through ``--import``.
+    Packages add entries through the entry-point group of their plural (``prefzoo.losses``, ``prefzoo.algorithms``); users' files through ``--import``.
 
     >>> shapes = Registry("shape")
     >>> @shapes.register(aliases=("quad",))
@@ -132,7 +132,8 @@ class Registry:
         self._loaded = True  # before the import: the provider itself registers here
         assert self._provider is not None
         importlib.import_module(self._provider)
-        for point in importlib.metadata.entry_points(group=f"prefzoo.{self.kind}s"):
+        plural = f"{self.kind}{'es' if self.kind.endswith('s') else 's'}"
+        for point in importlib.metadata.entry_points(group=f"prefzoo.{plural}"):
             point.load()
 
     def __contains__(self, name: str) -> bool:

@@ -67,7 +67,8 @@ def random_record(
     """
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Tensor] = {}
-    for field in sorted(dataclasses.fields(family), key=lambda f: f.name.startswith(("ref_", "old_"))):
+    fields = dataclasses.fields(family)  # type: ignore[arg-type]
+    for field in sorted(fields, key=lambda f: f.name.startswith(("ref_", "old_"))):
         stem, axes = _parts(field.name)
         side = tokens + ("rejected" in stem)
         shape = tuple(side if axis == "T" else rows if axis in "BP" else 3 for axis in axes)

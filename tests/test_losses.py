@@ -327,7 +327,7 @@ def test_loss_in_a_users_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
         "import torch.nn.functional as F\n"
-        "from prefzoo.losses.base import register_loss\n"
+        "from prefzoo.losses import register_loss\n"
         "from prefzoo.records import LossOut, Pairs\n"
         "@register_loss\n"
         "def hinge_of_mine(batch: Pairs, *, beta: float = 0.1) -> LossOut:\n"

@@ -78,7 +78,7 @@ def test_prompts_and_demonstrations_use_known_words_and_stay_short(name: str) ->
     world = prefzoo.worlds.make(name)
     words = set(world.vocabulary)
     for row in world.demonstrations(3000):
-        assert row["prompt"].endswith(" =>")
+        assert row["prompt"].endswith(" => ")
         assert words.issuperset((row["prompt"] + " " + row["completion"]).split())
         assert len(row["completion"].split()) < world.max_new_tokens
     assert len(words) == len(world.vocabulary)
@@ -481,7 +481,7 @@ def test_sums_verifier(arithmetic: Sums) -> None:
 
 def test_sums_answers_agree_with_the_prompt(arithmetic: Sums) -> None:
     for row in arithmetic.prompts("train", 500):
-        prompt = row["prompt"].removesuffix(" =>")
+        prompt = row["prompt"].removesuffix(" => ")
         if prompt.startswith("sort"):
             expected = "".join(sorted(prompt.removeprefix("sort").replace(" ", "").replace(",", "")))
         elif " has " in prompt:

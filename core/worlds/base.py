@@ -160,7 +160,8 @@ class World(ABC):
                 if repeats:
                     continue
                 seen.add(meaning)
-            yield {"prompt": self.phrase(request, rng=rng), "request": request}
+            # The space at the end makes prompt + completion words again when they are put together.
+            yield {"prompt": self.phrase(request, rng=rng) + " ", "request": request}
 
     def _stream_demonstrations(self) -> Iterator[Row]:
         rng = stream(self.name, self.seed, "demonstrations")

@@ -1,0 +1,185 @@
+"""Jobs: units of work named by the hash of what they are made from, run once, in worker processes.
+
+A job's key hashes its function, its parameters, the keys of what it needs, the package's version and the source of the
+shared layer and of every registered function it uses. Its folder is written aside and renamed when it is complete, so
+a finished job is never run again, an edited loss never gets an old result, and a killed suite goes on where it was.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import prefzoo
+from prefzoo.plugins import import_file
+from prefzoo.registry import UsageError
+
+
+@dataclass(frozen=True)
+class Job:
+    """``call`` is ``"module:function"`` with the signature ``(params, inputs, folder) -> facts``.
+
+    ``needs`` maps the names of inputs to the names of the jobs that make them. ``weight``: expected seconds; of the
+    jobs that are ready the longest starts first. ``sources``: hashes of the registered functions it uses.
+    """
+
+    name: str
+    call: str
+    params: Mapping[str, Any]
+    needs: Mapping[str, str] = field(default_factory=dict)
+    weight: float = 1.0
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: its folder and facts, or the reason why there are none."""
+
+    name: str
+    key: str
+    folder: Path
+    facts: Mapping[str, Any] | None = None
+    error: str | None = None
+    reused: bool = False
+
+
+@cache
+def layer_hash() -> str:
+    """Hash of the source of the shared layer and of the jobs: what every result depends on."""
+    root = Path(prefzoo.__file__).parent
+    files = sorted([*root.rglob("*.py"), *(Path(__file__).with_name(n) for n in ("jobs.py", "tasks.py"))])
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
+
+
+def keys_of(jobs: Sequence[Job]) -> dict[str, str]:
+    """The content hash of every job; jobs are listed after what they need."""
+    keys: dict[str, str] = {}
+    for job in jobs:
+        facts = {
+            "call": job.call,
+            "params": job.params,
+            "needs": {k: keys[v] for k, v in sorted(job.needs.items())},
+            "sources": job.sources,
+            "version": prefzoo.__version__,
+            "layer": layer_hash(),
+        }
+        keys[job.name] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return keys
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    out: Path,
+    *,
+    workers: int = 1,
+    imports: Sequence[Path] = (),
+    report: Callable[[Outcome, int, int], None] = lambda outcome, done, total: None,
+) -> dict[str, Outcome]:
+    """Run jobs as their inputs become ready, ``workers`` at a time, one thread each; a failed job fails what needs it."""
+    keys = keys_of(jobs)
+    folders = {j.name: out / "cells" / f"{j.name.replace('/', '-')}-{keys[j.name]}" for j in jobs}
+    done: dict[str, Outcome] = {}
+    waiting = list(jobs)
+
+    def finish(outcome: Outcome) -> None:
+        done[outcome.name] = outcome
+        report(outcome, len(done), len(jobs))
+
+    for job in jobs:
+        facts = folders[job.name] / "facts.json"
+        if facts.exists():
+            finish(Outcome(job.name, keys[job.name], folders[job.name], json.loads(facts.read_text()), reused=True))
+            waiting.remove(job)
+    if not waiting:
+        return done
+    context = multiprocessing.get_context("spawn")  # a forked torch deadlocks
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (tuple(imports),)) as pool:
+        running: dict[concurrent.futures.Future[Any], Job] = {}
+        while waiting or running:
+            for job in sorted(waiting, key=lambda j: -j.weight):
+                broken = [n for n in job.needs.values() if n in done and done[n].error]
+                if broken:
+                    waiting.remove(job)
+                    reason = f"it needs {broken[0]}, which failed"
+                    finish(Outcome(job.name, keys[job.name], folders[job.name], error=reason))
+                elif len(running) < workers and all(n in done for n in job.needs.values()):
+                    waiting.remove(job)
+                    inputs = {k: folders[n] for k, n in job.needs.items()}
+                    future = pool.submit(_work, job.call, dict(job.params), inputs, folders[job.name])
+                    running[future] = job
+            if not running:
+                continue
+            ready, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in ready:
+                job = running.pop(future)
+                try:
+                    facts, error = future.result()
+                except concurrent.futures.process.BrokenProcessPool:
+                    facts, error = None, "its process died (killed, or out of memory)"
+                    finish(Outcome(job.name, keys[job.name], folders[job.name], facts, error))
+                    raise UsageError(f"{job.name}: {error}; run the same command again to go on.") from None
+                finish(Outcome(job.name, keys[job.name], folders[job.name], facts, error))
+    return done
+
+
+def _begin(imports: Sequence[Path]) -> None:
+    """Once per worker: one thread each, users' files registered."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    torch.set_num_threads(1)
+    for path in imports:
+        import_file(path)
+
+
+def _work(call: str, params: dict[str, Any], inputs: dict[str, Path], folder: Path) -> tuple[Any, str | None]:
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    module, _, function = call.partition(":")
+    started = time.monotonic()
+    _reset_peak_memory()
+    try:
+        facts = getattr(importlib.import_module(module), function)(params, inputs, aside)
+    except Exception as error:  # a failed cell is kept and shown; it must not take the suite with it
+        reason = str(error) if isinstance(error, UsageError | RuntimeError) else traceback.format_exc(limit=-4)
+        (aside / "error.txt").write_text(traceback.format_exc())
+        failed = folder.with_name(f"{folder.name}.failed")
+        shutil.rmtree(failed, ignore_errors=True)
+        aside.rename(failed)
+        return None, reason
+    facts = {**facts, "seconds": time.monotonic() - started, "peak_memory": _peak_memory()}
+    (aside / "facts.json").write_text(json.dumps(facts, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return facts, None
+
+
+def _reset_peak_memory() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or not allowed: the peak is then of the worker's whole life
+        pass
+
+
+def _peak_memory() -> int:
+    """Peak resident memory of this process in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

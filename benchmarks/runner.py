@@ -1,0 +1,193 @@
+"""From a suite to its jobs, from finished jobs to results."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prefzoo.algorithm import create_algorithm
+from prefzoo.benchmarks.jobs import Job, Outcome, run_jobs
+from prefzoo.benchmarks.suites import Method, Suite, Task, get_suite
+from prefzoo.plugins import import_file
+from prefzoo.registry import UsageError
+
+TASKS = "prefzoo.benchmarks.tasks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The jobs of a suite, and methods that cannot apply with the reason."""
+
+    jobs: tuple[Job, ...]
+    cells: dict[str, dict[str, list[str]]]  # task -> method -> job names by seed
+    not_applicable: dict[str, dict[str, str]]  # task -> method -> reason
+
+
+def plan(suite: Suite) -> Plan:
+    """All jobs, each after what it needs. Shared work (start, data, reward model) appears once per task."""
+    jobs: list[Job] = []
+    cells: dict[str, dict[str, list[str]]] = {}
+    refused: dict[str, dict[str, str]] = {}
+    for task in suite.tasks:
+        shared, inputs = _shared_jobs(task)
+        jobs += shared
+        cells[task.name], refused[task.name] = {}, {}
+        for seed in range(suite.seeds):
+            trained: list[str] = []
+            for method in sorted(task.methods, key=lambda m: m.name == "sft_more"):
+                reason = _not_applicable(task, method)
+                if reason:
+                    refused[task.name][method.name] = reason
+                    continue
+                job = _cell_job(suite, task, method, seed, inputs, trained)
+                jobs.append(job)
+                cells[task.name].setdefault(method.name, []).append(job.name)
+                if not method.baseline:
+                    trained.append(job.name)
+    return Plan(tuple(jobs), cells, refused)
+
+
+def _shared_jobs(task: Task) -> tuple[list[Job], dict[str, str]]:
+    """Jobs that all cells of a task share, and the inputs they give to a cell."""
+    spec = {"task": {"kind": task.kind, "settings": dict(task.settings), "options": {"max_new_tokens": task.options["max_new_tokens"]}}}
+    name = task.name
+    loss = {"sft": create_algorithm("sft").sources["sft"], "reward_model": create_algorithm("reward_model").sources["reward_model"]}
+    start, data, reward = f"{name}/start", f"{name}/data", f"{name}/reward_model"
+    if task.kind == "pairs":
+        path = task.settings["data"]
+        if path is None:
+            raise UsageError("bench pairs needs --data FILE: preference pairs as JSON Lines.")
+        path = Path(path).resolve()
+        if not path.exists():
+            raise UsageError(f"data {str(path)!r}: no such file.")
+        content = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        spec["task"]["settings"]["data"] = str(path)
+        judge = f"{name}/judge"
+        with_start = {"data": data, "start": start}
+        jobs = [
+            Job(data, f"{TASKS}:pairs_split", spec, weight=500, sources={"content": content}),
+            Job(start, f"{TASKS}:pairs_start", spec, {"data": data}, weight=500, sources=loss),
+            Job(reward, f"{TASKS}:pairs_reward_model", {**spec, "third": "train"}, with_start, weight=400, sources=loss),
+            Job(judge, f"{TASKS}:pairs_reward_model", {**spec, "third": "judge"}, with_start, weight=300, sources=loss),
+        ]
+        return jobs, {**with_start, "reward_model": reward, "judge": judge}
+    jobs = [
+        Job(start, f"{TASKS}:world_start", spec, weight=500, sources=loss),
+        Job(data, f"{TASKS}:world_preferences", spec, {"start": start}, weight=500),
+    ]
+    inputs = {"start": start, "data": data}
+    if task.kind == "requests":
+        jobs.append(Job(reward, f"{TASKS}:world_reward_model", spec, dict(inputs), weight=500, sources=loss))
+        inputs["reward_model"] = reward
+    return jobs, inputs
+
+
+def _not_applicable(task: Task, method: Method) -> str | None:
+    if method.algorithm is None:
+        return None
+    options, _ = task.resolve(method)
+    made = create_algorithm(method.algorithm, **options)
+    if made.trains_reward:
+        return "it trains a reward model, not a policy"
+    if task.kind == "pairs" and any(type(s.feedback).__name__ == "Verifier" for s in made.stages):
+        return "the data has preferences but no answers that a verifier could check"
+    if task.kind == "sums" and (made.data != "prompts" or not made.stages[0].on_policy):
+        return "this world has no preference labels, only a verifier"
+    return None
+
+
+def _cell_job(
+    suite: Suite, task: Task, method: Method, seed: int, inputs: dict[str, str], trained: Sequence[str]
+) -> Job:
+    options, training, sources = {}, {}, {}
+    if method.algorithm is not None:
+        options, training = task.resolve(method)
+        sources = create_algorithm(method.algorithm, **options).sources
+    settings = {k: v for k, v in task.settings.items() if k != "data"}
+    params = {
+        "task": {"kind": task.kind, "metric": task.metric, "settings": settings, "options": dict(task.options)},
+        "method": {"name": method.name, "algorithm": method.algorithm, "options": options, "training": training,
+                   "curve": method.curve},
+        "seed": seed, "samples": suite.samples, "test_prompts": suite.test_prompts,
+    }  # fmt: skip
+    needs = dict(inputs)
+    if method.name == "sft_more":
+        needs |= {f"cell:{name}": name for name in trained}
+        sources = create_algorithm("sft").sources
+    return Job(f"{task.name}/{method.name}/{seed}", f"{TASKS}:cell", params, needs, method.weight, sources)
+
+
+def run(
+    suite: str | Suite,
+    *,
+    out: str | Path,
+    algorithms: Sequence[str] | None = None,
+    seeds: int | None = None,
+    data: str | Path | None = None,
+    imports: Sequence[str | Path] = (),
+    workers: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run a suite: finished cells are not run again; then compute and write its results and report.
+
+    Args:
+        suite: a name (``prefzoo.benchmarks.SUITES``) or a :class:`Suite`.
+        out: folder of cells and results.
+        algorithms: only these methods of the suite, or any registered algorithms under the suite's recipes.
+        seeds: training seeds per method; default: the suite's.
+        data: the file of preference pairs, for the suite ``pairs``.
+        imports: Python files that register losses or algorithms.
+        workers: processes of one thread each; default: one per core.
+
+    Returns:
+        The results, as written to ``results.json``.
+    """
+    from prefzoo.benchmarks.report import write_report
+    from prefzoo.benchmarks.results import collect
+
+    paths = [Path(p).resolve() for p in imports]
+    for path in paths:
+        import_file(path)
+    chosen = get_suite(suite) if isinstance(suite, str) else suite
+    if data is not None:
+        tasks = tuple(dataclasses.replace(t, settings={**t.settings, "data": str(data)}) for t in chosen.tasks)
+        chosen = dataclasses.replace(chosen, tasks=tasks)
+    if seeds is not None:
+        if seeds < 1:
+            raise UsageError(f"seeds must be at least 1, got {seeds}.")
+        chosen = dataclasses.replace(chosen, seeds=seeds)
+    chosen = chosen.choose(list(algorithms) if algorithms else None)
+    folder = Path(out)
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    planned = plan(chosen)
+    started = time.monotonic()
+
+    def show(outcome: Outcome, done: int, total: int) -> None:
+        if quiet:
+            return
+        how = "kept from before" if outcome.reused else f"failed: {outcome.error}" if outcome.error else "done"
+        seconds = f" in {outcome.facts['seconds']:.0f} s" if outcome.facts and not outcome.reused else ""
+        print(f"[{time.monotonic() - started:5.0f} s] {done}/{total} {outcome.name}: {how}{seconds}", file=sys.stderr, flush=True)
+
+    outcomes = run_jobs(planned.jobs, folder, workers=workers or os.cpu_count() or 1, imports=paths, report=show)
+    results = collect(chosen, planned, outcomes, folder)
+    results["environment"] = {
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        **{p: version(p) for p in ("prefzoo", "torch", "transformers", "numpy", "scipy")},
+    }
+    results["wall_seconds"] = time.monotonic() - started
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = write_report(folder)
+    if not quiet:
+        print(text)
+    return results

@@ -1,0 +1,202 @@
+"""Suites as values: what is compared, on what, at what budget. Recipe values were fixed on validation prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from prefzoo.algorithm import algorithm_entry, create_algorithm
+from prefzoo.registry import Registry, UsageError
+
+Kind = Literal["requests", "sums", "pairs"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the report. ``training`` overrides the task's recipe; ``curve``: also scored every 10 steps.
+
+    ``algorithm=None`` is a baseline: ``start`` (no training) or ``sft_more`` (as many completion tokens as the largest
+    count in the task, on demonstrations not used yet).
+    """
+
+    name: str
+    algorithm: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    curve: bool = False
+    weight: float = 40.0
+
+    @property
+    def baseline(self) -> bool:
+        return self.algorithm is None
+
+
+START, SFT_MORE = Method("start", weight=5), Method("sft_more", weight=20)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A start model, data, feedback and a judge. ``recipes``: training options by kind of rows, for methods that name
+    none; ``options`` of rollout algorithms by option name, where the algorithm has it."""
+
+    name: str
+    kind: Kind
+    methods: tuple[Method, ...]
+    metric: str
+    settings: Mapping[str, Any]
+    recipes: Mapping[str, Mapping[str, Any]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def method(self, name: str) -> Method:
+        """The task's method of that name, or any registered algorithm under the task's recipe."""
+        for method in self.methods:
+            if name == method.name:
+                return method
+        algorithm_entry(name)  # an unknown name stops here, with the nearest
+        return Method(name, name)
+
+    def resolve(self, method: Method) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options of the algorithm and of its training, the task's recipe under the method's own."""
+        assert method.algorithm is not None
+        known = algorithm_entry(method.algorithm).options
+        options = {k: v for k, v in self.options.items() if k in known} | dict(method.options)
+        made = create_algorithm(method.algorithm, **options)
+        kind = "rollouts" if made.stages[0].on_policy else made.data
+        return options, dict(self.recipes.get(kind, {})) | dict(method.training)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks, seeds, and how answers are sampled for judging."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    seeds: int = 1
+    test_prompts: int = 512
+    samples: int = 4
+    budget: str = ""
+
+    def choose(self, algorithms: list[str] | None) -> Suite:
+        """Only these algorithms (baselines stay); a task that is left without any is dropped."""
+        if not algorithms:
+            return self
+        tasks, everywhere = [], len(self.tasks) == 1
+        for task in self.tasks:
+            names = {m.name for m in task.methods}
+            chosen = [a for a in algorithms if a in names or everywhere or task is self.tasks[0]]
+            methods = tuple(task.method(a) for a in dict.fromkeys(chosen))
+            if any(not m.baseline for m in methods):
+                tasks.append(replace(task, methods=(START, *(m for m in methods if not m.baseline), SFT_MORE)))
+        if not tasks:
+            raise UsageError(f"suite {self.name!r}: no algorithm is left of {', '.join(algorithms)}.")
+        return replace(self, tasks=tuple(tasks))
+
+
+SUITES = Registry("suite")
+
+_ROLLOUTS = {"group_size": 8, "prompts_per_step": 32, "temperature": 1.0}
+
+
+def requests_task(methods: tuple[Method, ...], **settings: Any) -> Task:
+    """World 1: exact gold reward; annotators who like flattery; a reward model learned from them."""
+    return Task(
+        name="requests",
+        kind="requests",
+        metric="gold",
+        methods=methods,
+        settings={
+            "world_seed": 0, "start_seed": 0, "demonstrations": 34_000, "start_steps": 350, "start_rows": 96,
+            "start_rate": 3e-3, "prompts": 2_500, "samples": 8, "reward_rate": 1e-3, "reward_rows": 32,
+            "reward_epochs": 2, "validation_prompts": 512, "sft_more_rate": 1e-3, "permuted": False, **settings,
+        },
+        recipes={
+            "pairs": {"learning_rate": 5e-4, "rows_per_step": 32},
+            "unpaired": {"learning_rate": 5e-4, "rows_per_step": 64},
+            "completions": {"learning_rate": 5e-4, "rows_per_step": 64},
+            "rollouts": {"learning_rate": 3e-4, "warmup_steps": 3, "final_learning_rate": 0.2, "max_steps": 40},
+        },
+        options={"max_new_tokens": 44, **_ROLLOUTS},
+    )  # fmt: skip
+
+
+def sums_task(methods: tuple[Method, ...], **settings: Any) -> Task:
+    """World 2: sums and sorts with an exact verifier."""
+    return Task(
+        name="sums",
+        kind="sums",
+        metric="exact",
+        methods=methods,
+        settings={
+            "world_seed": 0, "start_seed": 0, "demonstrations": 34_000, "start_steps": 2_000, "start_rows": 48,
+            "start_rate": 3e-3, "prompts": 5_000, "validation_prompts": 512, "sft_more_rate": 1e-3, "permuted": False,
+            **settings,
+        },
+        recipes={"rollouts": {"learning_rate": 3e-4, "warmup_steps": 3, "final_learning_rate": 0.2, "max_steps": 60}},
+        options={"max_new_tokens": 40, **_ROLLOUTS},
+    )  # fmt: skip
+
+
+SEVEN = (
+    START,
+    Method("ppo", "ppo", {"kl": 0.05, "group_size": 1, "prompts_per_step": 256, "inner_epochs": 1, "value_clip": None,
+                          "missing_eos_penalty": 1.0}, {"critic_learning_rate": 1e-3}, weight=90),
+    Method("rejection_sampling", "rejection_sampling", {"prompts_per_round": 512},
+           {"learning_rate": 5e-4, "max_steps": 3}, weight=30),
+    Method("dpo", "dpo", {"beta": 0.1}),
+    Method("ipo", "ipo_sum", {"beta": 0.1}),
+    Method("kto", "kto", {"beta": 0.1, "baseline_rows": 16}),
+    Method("grpo", "grpo", {"kl": 0.05, "count": "token"}, weight=60),
+    Method("rlvr", "rlvr", weight=40),
+    SFT_MORE,
+)  # fmt: skip
+WEAK = Method("grpo_kl0", "grpo", {"kl": 0.0, "count": "token"}, {"max_steps": 60, "learning_rate": 4e-4}, curve=True,
+              weight=100)  # fmt: skip
+
+
+@SUITES.register
+def quick() -> Suite:
+    """All seven algorithms on the preference world, verifiable rewards on the sums world: minutes on two cores."""
+    return Suite(
+        "quick",
+        (requests_task((*SEVEN, WEAK)), sums_task((START, Method("rlvr", "rlvr", weight=80), SFT_MORE))),
+        budget="preference data: one pass over at most 10,000 labelled pairs (20,000 completions); rollouts: at most "
+        "12,288 sampled completions (grpo_kl0: 15,360; sums: 15,360); one run per method, recipes as given",
+    )
+
+
+@SUITES.register
+def verifiable() -> Suite:
+    """Verifiable rewards on the sums world, trained longer."""
+    longer = {"max_steps": 140, "learning_rate": 5e-4}
+    methods = (START, Method("rlvr", "rlvr", {}, longer), Method("rloo", "rlvr", {"estimator": "leave_one_out"}, longer), SFT_MORE)
+    return Suite("verifiable", (sums_task(methods),), budget="35,840 sampled completions per method")
+
+
+@SUITES.register
+def pairs() -> Suite:
+    """All algorithms on your own preference pairs, from a tiny model, judged by a reward model they never saw."""
+    task = Task(
+        name="pairs",
+        kind="pairs",
+        metric="judge",
+        methods=SEVEN,
+        settings={
+            "data": None, "start_seed": 0, "start_steps": 300, "start_rows": 16, "start_rate": 2e-3, "vocabulary": 2048,
+            "max_length": 384, "reward_rate": 5e-4, "reward_rows": 16, "reward_epochs": 2, "sft_more_rate": 5e-4,
+            "permuted": False,
+        },
+        recipes={
+            "pairs": {"learning_rate": 2e-4, "rows_per_step": 16},
+            "unpaired": {"learning_rate": 2e-4, "rows_per_step": 32},
+            "completions": {"learning_rate": 2e-4, "rows_per_step": 32},
+            "rollouts": {"learning_rate": 2e-4, "warmup_steps": 3, "final_learning_rate": 0.2, "max_steps": 20},
+        },
+        options={"max_new_tokens": 64, "group_size": 8, "prompts_per_step": 16, "temperature": 1.0},
+    )  # fmt: skip
+    return Suite("pairs", (task,), budget="one pass over the training third's pairs; rollouts: 2,560 sampled completions")
+
+
+def get_suite(name: str) -> Suite:
+    """The suite of that name."""
+    return SUITES.entry(name).function()

@@ -1,0 +1,168 @@
+"""The commands and their options; what they do is in the modules beside this one, imported when a command runs."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import prefzoo
+from prefzoo.registry import UsageError
+
+app = typer.Typer(
+    name="prefzoo",
+    help="Preference-optimization algorithms by name: look them up, train with them, compare them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Imports = Annotated[
+    list[Path],
+    typer.Option("--import", metavar="FILE.py", help="a file of yours that registers losses or algorithms; repeatable"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point: run a command, tell the user's mistakes in words, and return the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments  # wherever it stands
+    try:
+        app(args=[a for a in arguments if a != "--debug"], prog_name="prefzoo")
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+        if code == 130:  # Ctrl-C, as typer reports it
+            print("interrupted", file=sys.stderr)
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _told(error):
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _told(error: Exception) -> bool:
+    """Whether the error's own words are enough for the user. The engine's class is known only if it was imported."""
+    engine = sys.modules.get("prefzoo.training.engine")
+    return isinstance(error, UsageError) or (engine is not None and isinstance(error, engine.NonFiniteError))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"prefzoo {prefzoo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and leave")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error; may stand anywhere")] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(metavar="[algorithms|losses]", show_default=False)] = "algorithms",
+    pattern: Annotated[str | None, typer.Argument(metavar="[PATTERN]", help="shell pattern, such as '*po'")] = None,
+    imports: Imports = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """What there is: one line for each algorithm, or each loss."""
+    from prefzoo.cli import cards
+
+    if pattern is None and kind not in cards.KINDS:  # prefzoo list '*po'
+        kind, pattern = "algorithms", kind
+    cards.show_list(kind, pattern or "*", imports, as_json)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of an algorithm or a loss")],
+    loss: Annotated[bool, typer.Option("--loss", help="the loss of that name, where an algorithm has it too")] = False,
+    imports: Imports = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """The card of one entry: its mathematics, its options, what it is made of and what it needs."""
+    from prefzoo.cli import cards
+
+    cards.show_card(name, loss, imports, as_json)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="of an algorithm or a loss; before the options")] = None,
+    model: Annotated[str | None, typer.Option(help="model folder, hub id, or 'tiny': small, with random weights")] = None,
+    dataset: Annotated[Path | None, typer.Option(help="JSON Lines (.gz) of pairs, rated or demonstrated answers, prompts")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="new folder for the result (default: runs/NAME)")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="optimizer steps; rollout steps where samples are drawn")] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(help="reward-model folder, verifier (exact, numeric) or my_file.py:function; repeated: their sum"),
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="model that is the anchor (default: the start model)")] = None,
+    ptx_dataset: Annotated[Path | None, typer.Option(help="demonstrations for ppo --ptx")] = None,
+    seed: Annotated[int | None, typer.Option(help="of everything that is random")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="the same keys as here, with underscores; options win over it")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="any option; repeatable")
+    ] = None,
+    imports: Imports = [],  # noqa: B006
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress, only the result")] = False,
+) -> None:
+    """Train a model; the result is an ordinary model folder, OUTPUT/final.
+
+    Every option of the algorithm and of the training can be given as --key value: --beta 0.2 --learning-rate 1e-5.
+    'prefzoo show NAME' lists them with their values.
+    """
+    from prefzoo.cli import training
+
+    words = [*([] if name is None else [name]), *context.args]
+    given = {
+        "model": model, "dataset": dataset, "output_dir": output_dir, "max_steps": max_steps, "reward": reward,
+        "reference": reference, "ptx_dataset": ptx_dataset, "seed": seed,
+    }  # fmt: skip
+    training.train(words, given, config, settings or [], imports, quiet)
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="quick, pairs, ...")],
+    data: Annotated[Path | None, typer.Option(help="preference pairs of yours (prefzoo bench pairs)")] = None,
+    algorithms: Annotated[str | None, typer.Option(metavar="A,B", help="only these, separated by commas")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="runs of each algorithm")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the results (default: runs/SUITE)")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes")] = None,
+    imports: Imports = [],  # noqa: B006
+) -> None:
+    """Train several algorithms on the same data and compare them; what is already in the folder is not run again."""
+    from prefzoo import benchmarks
+
+    chosen = None if algorithms is None else [a.strip() for a in algorithms.split(",") if a.strip()]
+    folder = out or Path("runs") / suite
+    benchmarks.run(suite, out=folder, algorithms=chosen, seeds=seeds, data=data, imports=imports, workers=workers)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder that prefzoo bench wrote")]) -> None:
+    """Compute and print the tables of a finished comparison again."""
+    from prefzoo import benchmarks
+
+    print(benchmarks.report(folder))

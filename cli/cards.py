@@ -1,0 +1,197 @@
+"""``prefzoo list`` and ``prefzoo show``: what is registered, for people and as JSON."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prefzoo.algorithm import ALGORITHMS, Algorithm, algorithm_entry, create_algorithm, list_algorithms
+from prefzoo.losses import LOSSES, Loss
+from prefzoo.parts.feedback import Verifier
+from prefzoo.parts.roles import POLICY, REWARD
+from prefzoo.plugins import import_file
+from prefzoo.records import Values
+from prefzoo.registry import Entry, UsageError, suggest
+from prefzoo.training.config import ONLY_DATASET, TrainConfig
+
+KINDS = ("algorithms", "losses")
+LEARNS_FROM = {  # what the data must hold, or can be turned into
+    "pairs": "pairs",
+    "unpaired": "rated answers",
+    "completions": "demonstrations",
+    "prompts": "prompts",
+}
+
+
+def show_list(kind: str, pattern: str, imports: Iterable[Path], as_json: bool) -> None:
+    """Print the entries of a kind whose names match."""
+    if kind not in KINDS:
+        raise UsageError(f"cannot list {kind!r}{suggest(kind, KINDS)} Known: {', '.join(KINDS)}.")
+    _import_all(imports)
+    facts = algorithm_facts if kind == "algorithms" else loss_facts
+    names = list_algorithms(pattern) if kind == "algorithms" else LOSSES.names(pattern)
+    rows = [facts(name) for name in names]
+    if as_json:
+        print(json.dumps(rows, indent=2, default=str))
+        return
+    if not rows:
+        known = list_algorithms() if kind == "algorithms" else LOSSES.names()
+        raise UsageError(f"no {kind} match {pattern!r}{suggest(pattern, known)} Registered: {', '.join(known)}.")
+    columns = ("learns_from", "needs") if kind == "algorithms" else ("family", "count")
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("name", style="bold", no_wrap=True)
+    table.add_column("what it is")
+    for column in (*columns, "paper"):
+        table.add_column(column.replace("_", " "), no_wrap=column in ("paper", "family"))
+    for row in rows:
+        also = f" (also {', '.join(row['aliases'])})" if row["aliases"] else ""
+        cells = [", ".join(row[c]) if isinstance(row[c], list) else row[c] for c in columns]
+        table.add_row(row["name"], row["line"] + also, *cells, (row["paper"] or "").removeprefix("arXiv:"))
+    _console().print(table)
+
+
+def show_card(name: str, as_loss: bool, imports: Iterable[Path], as_json: bool) -> None:
+    """Print everything about one entry."""
+    _import_all(imports)
+    if as_loss or _is_term_only(name):
+        facts = loss_facts(LOSSES.entry(name).name, whole=True)
+    elif name not in ALGORITHMS and name not in LOSSES:
+        known = sorted({*list_algorithms(), *LOSSES.names()})
+        raise UsageError(f"no algorithm or loss {name!r}{suggest(name, known)} Registered: {', '.join(known)}.")
+    else:
+        facts = algorithm_facts(algorithm_entry(name).name, whole=True)
+    if as_json:
+        print(json.dumps(facts, indent=2, default=str))
+        return
+    _print_card(facts)
+
+
+def algorithm_facts(name: str, whole: bool = False) -> dict[str, Any]:
+    """What is known about an algorithm; ``whole``: its documentation, options and training values too."""
+    entry = algorithm_entry(name)
+    try:
+        algorithm = create_algorithm(name)
+    except Exception as error:  # a user's entry must not hide all others
+        algorithm, problem = None, f"cannot be made with its defaults: {error}"
+    facts: dict[str, Any] = {
+        "name": name,
+        "kind": "algorithm",
+        "line": entry.line,
+        "paper": entry.paper,
+        "aliases": list(entry.aliases),
+        "learns_from": LEARNS_FROM[algorithm.data] if algorithm else problem,
+        "needs": _needs(algorithm) if algorithm else [],
+    }
+    if whole and algorithm is None:
+        raise UsageError(f"algorithm {name!r} {problem}")
+    if whole and algorithm is not None:
+        training = TrainConfig.of(algorithm.recommended).model_dump(mode="json")
+        if algorithm.stages[0].on_policy:
+            training = {k: v for k, v in training.items() if k not in ONLY_DATASET}
+        facts |= _documentation(entry) | {
+            "recommended": algorithm.recommended,
+            "training": training,
+            "composition": repr(algorithm).partition(": ")[2].removesuffix(">"),
+            "losses": list(dict.fromkeys(t.loss.name for s in algorithm.stages for t in s.terms)),
+        }
+    return facts
+
+
+def loss_facts(name: str, whole: bool = False) -> dict[str, Any]:
+    """What is known about a loss."""
+    entry = LOSSES.entry(name)
+    loss = Loss(entry)
+    facts: dict[str, Any] = {
+        "name": name,
+        "kind": "loss",
+        "line": entry.line,
+        "paper": entry.paper,
+        "aliases": list(entry.aliases),
+        "family": loss.family.__name__,
+        "count": loss.count,
+        "needs": [*(["reference"] if loss.reference else []), *loss.extras],
+    }
+    if whole:
+        facts |= _documentation(entry)
+    return facts
+
+
+def _needs(algorithm: Algorithm) -> list[str]:
+    """What must be there beside the policy and the data; what it trains from nothing is not needed."""
+    needs = set(algorithm.needs) - {POLICY}
+    if algorithm.trains_reward:
+        needs.discard(REWARD)
+    if REWARD in needs and any(isinstance(s.feedback, Verifier) for s in algorithm.stages):
+        needs = (needs - {REWARD}) | {"verifier"}
+    return sorted(needs)
+
+
+def _documentation(entry: Entry) -> dict[str, Any]:
+    function = inspect.unwrap(entry.function)
+    return {"doc": inspect.getdoc(function) or "", "options": entry.options, "file": inspect.getsourcefile(function)}
+
+
+def _is_term_only(name: str) -> bool:
+    """A loss that trains a critic is a part of an algorithm and none of its own."""
+    return name not in ALGORITHMS and name in LOSSES and LOSSES.entry(name).tags["family"] is Values
+
+
+def _print_card(facts: dict[str, Any]) -> None:
+    console = _console()
+    head = [facts["name"], f"({facts['kind']})", *([facts["paper"]] if facts["paper"] else [])]
+    if facts["aliases"]:
+        head.append(f"also {', '.join(facts['aliases'])}")
+    console.print("  ".join(head), style="bold", markup=False)
+    console.print(f"\n{facts['doc'].strip()}\n", markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    rows = {"options": _settings(facts["options"]) or "none"}
+    if facts["kind"] == "algorithm":
+        rows |= {
+            "learns from": facts["learns_from"],
+            "needs": ", ".join(facts["needs"]) or "nothing more",
+            "made of": facts["composition"],
+            "training": _settings(facts["training"], facts["recommended"]),
+            "": "* recommended for this algorithm; the others are the same for all" if facts["recommended"] else "",
+            "its losses": "\n".join(f"prefzoo show --loss {name}" for name in facts["losses"]),
+        }
+    else:
+        rows |= {"family": facts["family"], "mean over": facts["count"], "needs": ", ".join(facts["needs"]) or "nothing more"}
+    rows["source"] = facts["file"] or "unknown"
+    for key, value in rows.items():
+        if value:
+            table.add_row(key, _plain(value))
+    console.print(table)
+
+
+def _settings(values: dict[str, Any], marked: Iterable[str] = ()) -> str:
+    return "  ".join(f"{k}={_word(v)}{'*' if k in marked else ''}" for k, v in values.items())
+
+
+def _word(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, default=repr)
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _import_all(files: Iterable[Path]) -> None:
+    for file in files:
+        import_file(file)
+
+
+def _console() -> Console:
+    """Wide where nobody looks, so that a pipe gets one line per entry."""
+    return Console(width=None if sys.stdout.isatty() else 160)

@@ -1,0 +1,609 @@
+"""The one loop, proved on every registered algorithm: what splits, masks, seeds and roles may and may not change."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+import prefzoo
+import prefzoo.training.engine as engine_module
+import prefzoo.training.run as run_module
+from prefzoo.algorithm import Algorithm, Schedule, create_algorithm
+from prefzoo.data.tokens import tokenise
+from prefzoo.feedback import ModelReward
+from prefzoo.models.load import learn_tokenizer, load_scorer, new_scorer, save_scorer, tiny_model
+from prefzoo.models.reference import weights_hash
+from prefzoo.models.roles import Policy, Scorer
+from prefzoo.models.tree import TreeBatch
+from prefzoo.records import Scores
+from prefzoo.training import NonFiniteError, Run
+from prefzoo.training.engine import Engine
+
+# Ragged on both sides; two rows share a prompt; one prompt is longer than any completion.
+PAIRS = [
+    {"prompt": "say a:", "chosen": " a", "rejected": " b b b"},
+    {"prompt": "say a:", "chosen": " a a", "rejected": " c"},
+    {"prompt": "say a b c and d, one after another, please:", "chosen": " a b c d", "rejected": " d"},
+    {"prompt": "hum:", "chosen": " m m m", "rejected": " n"},
+    {"prompt": "count to nine:", "chosen": " 1 2 3 4 5 6 7 8 9", "rejected": " 9"},
+    {"prompt": "b or c:", "chosen": " b", "rejected": " c c c c c c c"},
+    {"prompt": "again:", "chosen": " b a b a", "rejected": " a b a b a"},
+]
+PROMPTS = [{"prompt": row["prompt"]} for row in PAIRS]
+TRAINED = {"optimizer": "sgd", "learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": None}
+QUICK = {**TRAINED, "max_steps": 2, "logging_steps": 1, "quiet": True}
+SEVEN = ("dpo", "ipo", "kto", "ppo", "rejection_sampling", "grpo", "rlvr")
+NAMES = prefzoo.list_algorithms()
+ON_POLICY = [name for name in NAMES if create_algorithm(name).stages[0].on_policy]
+OFFLINE = [name for name in NAMES if name not in ON_POLICY]
+
+
+def count_a(completions: list[str], **_: Any) -> list[float]:
+    """A reward with differences inside most groups."""
+    return [c.count("a") - 0.1 * len(c) for c in completions]
+
+
+@dataclass
+class Start:
+    """A model that has read the chosen answers: it ends its completions, and they differ."""
+
+    model: Any
+    words: PreTrainedTokenizerBase
+    other: Any  # a reference that is not the start, so that no gradient is zero by chance
+
+    def fit(self, algorithm: str | Algorithm, dataset: Any = PAIRS, **options: Any) -> Run:
+        chosen = small(algorithm) if isinstance(algorithm, str) else algorithm
+        if chosen.stages[0].on_policy:
+            options.setdefault("reward", count_a)
+        return prefzoo.train(chosen, model=self.model, tokenizer=self.words, dataset=dataset, **{**QUICK, **options})
+
+
+def small(name: str, **options: Any) -> Algorithm:
+    """The algorithm, with rollouts that a test can afford."""
+    algorithm = create_algorithm(name, **options)
+    stage = algorithm.stages[0]
+    if stage.on_policy:
+        size = max(3, stage.source.group_size) if "group_size" in options else 3
+        source = replace(stage.source, group_size=size, max_new_tokens=10)
+        schedule = Schedule(4, stage.schedule.inner_epochs, stage.schedule.minibatches)
+        algorithm.stages = (replace(stage, source=source, schedule=schedule),)
+    return algorithm
+
+
+@pytest.fixture(scope="module")
+def start() -> Start:
+    words = learn_tokenizer([row[k] for row in PAIRS for k in row], 270)
+    model = tiny_model(words)
+    run = prefzoo.train("sft", model=model, tokenizer=words, dataset=PAIRS, max_steps=12, rows_per_step=7,
+                        learning_rate=3e-3, warmup_steps=0, quiet=True)  # fmt: skip
+    return Start(run.model, words, tiny_model(words, seed=1))
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
+    """Every engine that ``train`` makes during the test."""
+    made: list[Engine] = []
+
+    class Spy(Engine):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+            made.append(self)
+
+    monkeypatch.setattr(run_module, "Engine", Spy)
+    return made
+
+
+def flat(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()]).clone()
+
+
+def numbers(run: Run) -> list[dict[str, float]]:
+    """The metrics of a run without its times."""
+    return [{k: v for k, v in row.items() if k != "time"} for row in run.history]
+
+
+# ------------------------------------------------------------------------------------------------ invariances
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_split_into_micro_batches_gives_the_same_weights(name: str, start: Start, engines: list[Engine]) -> None:
+    options: dict[str, Any] = {"reference": start.other}
+    moved = []
+    for budget in (100_000, 64, 1):
+        start.fit(name, tokens_per_batch=budget, **options)
+        before = {"policy": flat(start.model), **{r: flat(fresh(r, start)) for r in ("reward", "critic")}}
+        moved.append({role: flat(t.module) - before[role] for role, t in engines[-1].trained.items()})
+    for role, whole in moved[0].items():
+        assert whole.norm() > 1e-4, f"the {role} does not move: nothing is proved"
+        for split in moved[1:]:
+            assert (split[role] - whole).norm() <= 1e-3 * whole.norm(), role
+
+
+def fresh(role: str, start: Start) -> Scorer:
+    return new_scorer(Policy(start.model))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if create_algorithm(n).stages[0].terms[0].loss.family is not Scores])
+def test_garbage_in_masked_cells_changes_nothing(
+    name: str, start: Start, engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in every cell outside the mask of every record: the same metrics, the same weights, to the bit."""
+    clean = start.fit(name, reference=start.other)
+    poisoned_cells = 0
+
+    def poisoned(*args: Any) -> Any:
+        nonlocal poisoned_cells
+        record, fields = engine_module_build(*args), {}
+        for key, value in record.tensors().items():
+            if key.endswith("_BT") and "mask" not in key:
+                side = key.removeprefix("ref_").split("_")[0] + "_" if "chosen" in key or "rejected" in key else ""
+                mask_BT = getattr(record, f"{side}mask_BT")
+                fields[key] = torch.where(mask_BT, value, torch.nan)
+                poisoned_cells += int((~mask_BT).sum())
+        return replace(record, **fields)
+
+    engine_module_build = engine_module.build_record
+    monkeypatch.setattr(engine_module, "build_record", poisoned)
+    dirty = start.fit(name, reference=start.other)
+    assert poisoned_cells > 0
+    for role, trained in engines[0].trained.items():
+        assert weights_hash(trained.module) == weights_hash(engines[1].trained[role].module), role
+    assert finite(numbers(dirty)) == finite(numbers(clean))
+
+
+def finite(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    assert all(math.isfinite(v) for row in rows for v in row.values())
+    return rows
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8)])
+def test_learning_rate_zero_changes_nothing(
+    name: str, temperature: float, top_p: float, start: Start, engines: list[Engine], tmp_path: Path
+) -> None:
+    """The ratio is 1 at every token, the weights stay, and the same seed samples the same texts again."""
+    algorithm = small(name)
+    stage = algorithm.stages[0]
+    algorithm.stages = (replace(stage, source=replace(stage.source, temperature=temperature, top_p=top_p)),)
+    runs = [
+        start.fit(algorithm, learning_rate=0.0, critic_learning_rate=0.0, output_dir=tmp_path / side, seed=3)
+        for side in ("one", "two")
+    ]
+    assert numbers(runs[0]) == numbers(runs[1])
+    texts = [(tmp_path / side / "samples.jsonl").read_text() for side in ("one", "two")]
+    assert texts[0] == texts[1] and texts[0].count("\n") == 2 * 3  # steps x log_completions
+    assert torch.equal(flat(engines[0].policy), flat(start.model))
+    for row in runs[0].history:
+        if "ratio" in row:
+            assert row["ratio"] == pytest.approx(1.0, abs=1e-5) and row["approx_kl"] == pytest.approx(0, abs=1e-9)
+            assert row["clip_ratio"] == 0.0
+        if "kl" in row:  # the reference is the start
+            assert row["kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_before_the_first_step_policy_and_reference_agree(precision: str, start: Start) -> None:
+    """DPO starts at log 2, also in bfloat16: both sides are computed by the same passes."""
+    run = start.fit("dpo", precision=precision, rows_per_step=7, max_steps=1)
+    assert run.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert run.history[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_in_bfloat16_the_sampler_is_close_to_the_learner(name: str, start: Start) -> None:
+    run = start.fit(name, precision="bfloat16", learning_rate=0.0, critic_learning_rate=0.0)
+    assert all(row["ratio"] == pytest.approx(1.0, abs=0.02) for row in run.history)
+
+
+@pytest.mark.parametrize("name", [*SEVEN, "sft", "reward_model"])
+def test_a_run_is_a_function_of_its_seed(name: str, start: Start, engines: list[Engine]) -> None:
+    data = {"rows_per_step": 3} if name in OFFLINE else {}
+    runs = [start.fit(name, seed=seed, **data) for seed in (5, 5, 6)]
+    weights = [{r: weights_hash(t.module) for r, t in e.trained.items()} for e in engines]
+    assert weights[0] == weights[1] and numbers(runs[0]) == numbers(runs[1])
+    assert all(weights[0][role] != weights[2][role] for role in weights[0]) and numbers(runs[0]) != numbers(runs[2])
+
+
+def test_runs_leave_the_caller_alone(start: Start) -> None:
+    """The given model is copied, and torch's global random state is neither used nor moved."""
+    before, state = weights_hash(start.model), torch.random.get_rng_state()
+    start.fit("ppo")
+    start.fit("dpo")
+    assert weights_hash(start.model) == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# ------------------------------------------------------------------------------------------------ roles
+
+HOLDS = {  # what each algorithm needs beside the policy, written down by hand
+    "bradley_terry": {"reward"}, "reward_model": {"reward"}, "sft": set(),
+    "dpo": {"reference"}, "ipo": {"reference"}, "ipo_sum": {"reference"}, "kto": {"reference"},
+    "clipped_surrogate": {"reward"}, "rlvr": {"reward"}, "rejection_sampling": {"reward"},
+    "grpo": {"reward", "reference"}, "kl_penalty": {"reward", "reference"}, "ppo": {"reward", "reference", "critic"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_needs_are_complete_and_minimal(name: str, start: Start, engines: list[Engine]) -> None:
+    algorithm = small(name)
+    assert algorithm.needs - {"policy"} == HOLDS[name]
+    start.fit(algorithm)
+    engine = engines[0]
+    live = "reference" in HOLDS[name] and (algorithm.stages[0].on_policy or algorithm.stages[0].prelude is not None)
+    assert (engine.reference is not None) == ("reference" in HOLDS[name])
+    # A stored reference is a set of numbers: no second model is held for it.
+    assert engine.reference is None or (engine.reference is not engine.policy) == live
+    assert (engine.critic is not None) == ("critic" in HOLDS[name])
+    assert (engine.reward is not None) == (algorithm.stages[0].on_policy and "reward" in HOLDS[name])
+
+
+def test_grpo_without_kl_has_no_reference() -> None:
+    assert create_algorithm("grpo", kl=0.0).needs == {"policy", "reward"}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "rlvr"])
+def test_only_the_trained_roles_move(name: str, start: Start, engines: list[Engine]) -> None:
+    scorer = new_scorer(Policy(start.other))
+    nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(0))
+    start.fit(name, reference=start.other, **({"reward": scorer} if name in ON_POLICY else {}))
+    engine = engines[0]
+    judge = engine.reward.scorer if isinstance(engine.reward, ModelReward) else None
+    moved = {
+        "policy": not torch.equal(flat(engine.policy), flat(start.model)),
+        "judge": judge is not None and not torch.equal(flat(judge.trunk), flat(Policy(start.other).model.base_model)),
+        "reference": engine.reference is not None and not torch.equal(flat(engine.reference), flat(start.other)),
+    }
+    assert moved == {"policy": "policy" in engine.trained, "judge": False, "reference": False}
+    frozen = [m for m in (engine.reference, judge) if m is not None]
+    assert not any(p.requires_grad or p.grad is not None for m in frozen for p in m.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ rewards
+
+
+@pytest.mark.parametrize("algorithm", [
+    small("grpo", kl=0.0), small("rlvr"), small("rlvr", estimator="leave_one_out"), small("clipped_surrogate"),
+], ids=lambda a: f"{a.name}-{a.options.get('estimator', '')}")  # fmt: skip
+@pytest.mark.parametrize("constant", [1.0, 0.1, 0.7])
+def test_a_constant_reward_teaches_nothing(algorithm: Algorithm, constant: float, start: Start) -> None:
+    run = start.fit(algorithm, reward=lambda completions: [constant] * len(completions))
+    for row in run.history:
+        assert row["grad_norm"] == 0.0 and row["frac_reward_zero_std"] == 1.0 and row["reward_std"] == 0.0
+
+
+def test_groups_without_differences_are_counted(start: Start) -> None:
+    """Two of four prompts give every sample the same reward; the rest differ by their number in the batch."""
+
+    def half(prompts: list[str], completions: list[str]) -> list[float]:
+        order = list(dict.fromkeys(prompts))
+        return [0.0 if order.index(p) % 2 else float(i) for i, p in enumerate(prompts)]
+
+    data = [{"prompt": p} for p in ("say a:", "hum:", "again:", "b or c:")]
+    run = start.fit("grpo", dataset=data, reward=half, max_steps=1)
+    assert run.history[0]["frac_reward_zero_std"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["grpo", "rlvr", "ppo", "rejection_sampling"])
+def test_a_missing_reward_is_no_reward(name: str, start: Start, engines: list[Engine], tmp_path: Path) -> None:
+    """Rows that a function says None about take no part: what it might have said instead does not matter."""
+    options = {"kl": 0.0} if name == "grpo" else {}
+    hidden = iter([[None] * 12] * 2)
+    run = start.fit(small(name, **options), reward=lambda completions: next(hidden), output_dir=tmp_path / "none")
+    assert torch.equal(flat(engines[0].policy), flat(start.model)), "rewards all missing, and yet the policy moved"
+    assert all(row["reward_missing"] == 1.0 and "reward" not in row for row in run.history)
+    assert_json(tmp_path / "none" / "samples.jsonl")
+    assert_json(tmp_path / "none" / "metrics.jsonl")
+
+
+def assert_json(path: Path) -> None:
+    """Strict JSON: NaN and Infinity are not."""
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{path.name} holds {word}: {line}"))
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_rows_with_a_missing_reward_get_no_gradient(
+    name: str, start: Start, engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"kl": 0.0} if name == "grpo" else {}
+    seen: list[tuple[Tensor, Tensor, Any]] = []
+
+    def some(completions: list[str]) -> list[float | None]:
+        return [None if i % 3 == 1 else float(i) for i in range(len(completions))]
+
+    original = engine_module.build_record
+
+    def watched(*args: Any) -> Any:
+        record = original(*args)
+        if hasattr(record, "advantages_BT"):
+            record.logps_BT.retain_grad()
+            seen.append((record.logps_BT, record.mask_BT, args[1]))
+        return record
+
+    monkeypatch.setattr(engine_module, "build_record", watched)
+    start.fit(small(name, **options), reward=some, max_steps=1)
+    logps_BT, _, _ = seen[0]
+    gradient_B = logps_BT.grad.abs().sum(-1)
+    missing_B = torch.arange(len(gradient_B)) % 3 == 1
+    assert bool((gradient_B[missing_B] == 0).all()) and bool((gradient_B[~missing_B] > 0).any())
+
+
+@pytest.mark.parametrize("where", ["reward", "weights"])
+def test_a_step_that_is_not_finite_is_not_taken(
+    where: str, start: Start, engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = engine_module.build_record
+    calls = 0
+
+    def broken(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        record = original(*args)
+        if calls < 3:  # one micro-batch and one record a step: the third step is bad
+            return record
+        bad = torch.inf if where == "reward" else torch.nan
+        return replace(record, ref_chosen_logps_BT=torch.full_like(record.ref_chosen_logps_BT, bad))
+
+    monkeypatch.setattr(engine_module, "build_record", broken)
+    with pytest.raises(NonFiniteError, match=r"step 3: loss.* not finite; stopped before the step"):
+        start.fit("ipo", max_steps=5)
+    bad = engines[0].policy
+    monkeypatch.setattr(engine_module, "build_record", original)
+    good = start.fit("ipo", max_steps=2)
+    assert torch.equal(flat(bad), flat(good.policy)), "the weights are those of the last good step"
+
+
+# ------------------------------------------------------------------------------------------------ parts in the loop
+
+
+def test_ptx_rows_are_learned_beside_the_rewards(start: Start, engines: list[Engine]) -> None:
+    """Without a useful reward the ptx term alone makes the demonstrations likelier, by what its weight says."""
+    demonstrations = [{"prompt": "hum:", "completion": " 9 9 9"}]
+
+    def after(weight: float) -> float:
+        algorithm = small("ppo", ptx=weight, kl=0.0, inner_epochs=1) if weight else small("ppo", kl=0.0, inner_epochs=1)
+        start.fit(algorithm, reward=lambda completions: [0.0] * len(completions), learning_rate=0.05,
+                  **({"ptx_dataset": demonstrations} if weight else {}))  # fmt: skip
+        return loglikelihood(engines[-1].policy, start, demonstrations)
+
+    none, little, much = (after(w) for w in (0.0, 0.5, 2.0))
+    assert none + 0.05 < little < much - 0.05
+
+
+def test_a_ptx_term_without_its_data_says_so(start: Start) -> None:
+    with pytest.raises(prefzoo.UsageError, match="ptx_dataset="):
+        start.fit(small("ppo", ptx=1.0))
+
+
+def test_ptx_survives_any_split(start: Start, engines: list[Engine]) -> None:
+    for budget in (100_000, 20):
+        start.fit(small("ppo", ptx=0.5), ptx_dataset=PAIRS, tokens_per_batch=budget)
+    whole, split = (flat(e.policy) - flat(start.model) for e in engines)
+    assert (whole - split).norm() <= 1e-3 * whole.norm()
+
+
+def loglikelihood(policy: Policy, start: Start, rows: list[dict[str, str]]) -> float:
+    samples, _ = tokenise(rows, start.words, "completions")
+    with torch.no_grad():
+        return float(policy(TreeBatch.of(samples)).logps_C.mean())
+
+
+def test_the_adaptive_controller_steers(start: Start, engines: list[Engine]) -> None:
+    """Far from the reference the coefficient grows, at the reference it falls; and it starts at its first value."""
+    far = start.fit(small("ppo", kl=0.1, kl_target=0.5, kl_horizon=100), reference=start.other, max_steps=3)
+    near = start.fit(small("ppo", kl=0.1, kl_target=50.0, kl_horizon=100), learning_rate=0.0, max_steps=3)
+    rising, falling = ([row["kl_coefficient"] for row in run.history] for run in (far, near))
+    factor = 0.2 * 12 / 100  # the largest relative change of a step with 12 completions
+    assert rising == pytest.approx([0.1 * (1 + factor) ** k for k in range(3)], rel=1e-6)
+    assert falling == pytest.approx([0.1 * (1 - factor) ** k for k in range(3)], rel=1e-6)
+
+
+def test_controllers_do_not_leak_between_runs(start: Start) -> None:
+    algorithm = small("ppo", kl=0.1, kl_target=0.5, kl_horizon=100)
+    runs = [start.fit(algorithm, reference=start.other) for _ in range(2)]
+    assert numbers(runs[0]) == numbers(runs[1])
+    assert algorithm.stages[0].controllers["kl"].value == 0.1
+
+
+def test_the_controller_is_the_one_that_credit_uses(start: Start, engines: list[Engine]) -> None:
+    start.fit(small("ppo", kl=0.1, kl_target=0.5), max_steps=1)
+    stage = engines[0].stage
+    assert stage.credit.kl is stage.controllers["kl"]
+
+
+# ------------------------------------------------------------------------------------------------ learning
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "ipo", "ipo_sum", "kto"])
+def test_the_preferred_answer_becomes_likelier(name: str, start: Start) -> None:
+    """Relative to the other answer, and to the start, at every prompt."""
+    adam = {"optimizer": "adamw", "learning_rate": 1e-3, "max_steps": 20, "logging_steps": 20, "rows_per_step": 14}
+    run = start.fit(name, **adam)
+    samples, _ = tokenise(PAIRS, start.words, "pairs")
+
+    def margins(policy: Policy) -> Tensor:
+        tree = TreeBatch.of(samples)
+        with torch.no_grad():
+            total_B = torch.zeros(len(samples.completions)).index_add(0, tree.owner_C, policy(tree).logps_C)
+        return total_B[0::2] - total_B[1::2]
+
+    gain = margins(run.policy) - margins(Policy(start.model))
+    assert bool((gain > 0).all()), gain
+    assert run.history[-1].get("rewards/accuracies", 1.0) == 1.0
+
+
+@pytest.mark.parametrize("options", [{}, {"pooling": "mean"}, {"centering": 0.01}], ids=str)
+def test_a_reward_model_learns_the_pairs(options: dict[str, Any], start: Start) -> None:
+    adam = {"optimizer": "adamw", "learning_rate": 1e-3, "max_steps": 15, "logging_steps": 1, "rows_per_step": 7}
+    run = start.fit(create_algorithm("reward_model", **options), **adam)
+    first, last = run.history[0], run.history[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), "a zero head knows nothing"
+    assert last["rewards/accuracies"] == 1.0 and last["rewards/margins"] > 1.0
+    assert run.policy is None and run.scorer is not None
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("ppo", {"inner_epochs": 2, "kl": 0.0}), ("grpo", {"kl": 0.0}), ("grpo", {"kl": 0.0, "count": "token", "std": False}),
+    ("rlvr", {}), ("rlvr", {"estimator": "leave_one_out"}), ("rejection_sampling", {"epochs_per_round": 1}),
+], ids=str)  # fmt: skip
+def test_a_bandit_is_learned(name: str, options: dict[str, Any], start: Start) -> None:
+    """One step of state, a reward for one of its answers: the share of it rises from a few per cent to most."""
+    run = start.fit(
+        small(name, **options), dataset=[{"prompt": "b or c:"}], reward=lambda completions: [float("c" in c) for c in completions],
+        optimizer="adamw", learning_rate=2e-3, max_steps=30, logging_steps=5,
+    )  # fmt: skip
+    first, last = run.history[0]["reward"], run.history[-1]["reward"]
+    assert first < 0.6 and last > 0.85, (first, last)
+
+
+# ------------------------------------------------------------------------------------------------ bookkeeping
+
+
+@pytest.mark.parametrize(("rows_per_step", "epochs", "steps"), [(7, 1, 1), (3, 1, 3), (3, 2, 6), (100, 1, 1), (2, 0.5, 2)])
+def test_steps_and_ragged_last_batches(
+    rows_per_step: int, epochs: float, steps: int, start: Start, engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row once an epoch, the last batch as large as what is left, divided by its own size."""
+    batches: list[list[int]] = []
+    original = Engine._optimizer_step
+
+    def watched(self: Engine, main: Any, *rest: Any) -> None:
+        batches.append([int(c.sum()) for c in map(main.completions.__getitem__, range(len(main.completions)))])
+        original(self, main, *rest)
+
+    monkeypatch.setattr(Engine, "_optimizer_step", watched)
+    run = start.fit("sft", rows_per_step=rows_per_step, epochs=epochs, max_steps=None)
+    assert run.spent.optimizer_steps == steps == len(batches) == len(run.history)
+    everything = sorted(int(c.sum()) for c in map(engines[0].data.completions.__getitem__, range(len(PAIRS))))
+    per_epoch = math.ceil(len(PAIRS) / rows_per_step)
+    for epoch in range(steps // per_epoch):
+        seen = [x for batch in batches[epoch * per_epoch : (epoch + 1) * per_epoch] for x in batch]
+        assert sorted(seen) == everything
+    if steps > per_epoch:
+        assert batches[:per_epoch] != batches[per_epoch : 2 * per_epoch], "epochs have orders of their own"
+    whole = len(engines[0].data.completions.flat)
+    assert steps % per_epoch or run.spent.trained_tokens == whole * steps // per_epoch
+
+
+def test_without_shuffling_rows_come_in_order(start: Start, engines: list[Engine]) -> None:
+    start.fit("sft", shuffle=False)
+    assert engines[0]._order("order", 3, 5).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("inner_epochs", "minibatches", "steps"), [(1, 1, 2), (3, 1, 6), (2, 2, 8)])
+def test_the_schedule_of_rollouts(
+    inner_epochs: int, minibatches: int, steps: int, start: Start, engines: list[Engine]
+) -> None:
+    run = start.fit(small("grpo", inner_epochs=inner_epochs, minibatches=minibatches))
+    assert run.spent.optimizer_steps == steps and run.spent.prompts == 8 and run.spent.reward_calls == 24
+    assert run.spent.generated_tokens * inner_epochs == run.spent.trained_tokens
+    assert len(run.history) == 2, "one line a rollout step"
+
+
+def test_prompts_are_visited_epoch_after_epoch(start: Start, engines: list[Engine]) -> None:
+    """More prompts a step than rows: every row appears equally often, and never with the same random numbers."""
+    start.fit("grpo", dataset=PROMPTS[:4], max_steps=1)  # rows 0 and 1 are one prompt: three are left
+    engine = engines[0]
+    assert len(engine.data) == 3
+    found = [engine._prompts(step) for step in range(3)]
+    keys = np.concatenate([k for _, k in found])
+    assert len(set(keys.tolist())) == 12 and np.bincount(keys % 3).tolist() == [4, 4, 4]
+
+
+def test_the_learning_rate_follows_its_schedule(start: Start) -> None:
+    run = start.fit("sft", max_steps=8, schedule="linear", warmup_steps=2, final_learning_rate=0.0, learning_rate=1.0)
+    assert [row["learning_rate"] for row in run.history] == pytest.approx(
+        [(1 - k / 8) * min(1, (k + 1) / 2) for k in range(8)]
+    )
+
+
+def test_gradient_checkpointing_gives_the_same_weights(start: Start) -> None:
+    plain, recomputed = (start.fit("dpo", gradient_checkpointing=on) for on in (False, True))
+    assert torch.allclose(flat(plain.policy), flat(recomputed.policy), atol=1e-7)
+
+
+def test_clipping_bounds_the_step(start: Start) -> None:
+    run = start.fit("sft", max_grad_norm=0.5, learning_rate=1.0, max_steps=1)
+    assert (flat(run.policy) - flat(start.model)).norm() == pytest.approx(0.5, rel=1e-3)
+    assert run.history[0]["grad_norm"] > 0.5, "the metric is the norm before clipping"
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+def test_the_result_is_an_ordinary_folder(start: Start, tmp_path: Path) -> None:
+    run = start.fit("dpo", output_dir=tmp_path / "run")
+    final = tmp_path / "run" / "final"
+    loaded = AutoModelForCausalLM.from_pretrained(final).eval()
+    samples, _ = tokenise(PAIRS[:1], start.words, "pairs")
+    ids = torch.tensor(np.concatenate([samples.prompts[0], samples.completions[0]]))[None].long()
+    own = copy.deepcopy(run.model).eval()
+    own.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, own(ids).logits)
+        tree = TreeBatch.of(samples)
+        ours = run.policy(tree).logps_C[: len(samples.completions[0])]
+        plain = loaded(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[-len(ours) :, 0]
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    assert "prefzoo" not in (final / "config.json").read_text(), "our attention hook must not leave the house"
+    again = prefzoo.train("sft", model=final, dataset=PAIRS, **QUICK)
+    assert len(again.history) == 2
+
+
+def test_a_run_folder_tells_what_was_done(start: Start, tmp_path: Path) -> None:
+    start.fit("grpo", output_dir=tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["algorithm"] == "grpo" and record["options"]["clip"] == 0.2
+    assert record["config"]["optimizer"] == "sgd" and record["spent"]["optimizer_steps"] == 2
+    assert set(record["sources"]) >= {"grpo", "loss:clipped_surrogate", "loss:kl_penalty"}
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert_json(tmp_path / "run" / name)
+    with pytest.raises(prefzoo.UsageError, match="holds another run"):
+        start.fit("grpo", output_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_reward_model_survives_its_folder(pooling: str, start: Start, tmp_path: Path) -> None:
+    run = start.fit(create_algorithm("reward_model", pooling=pooling), output_dir=tmp_path / "rm", learning_rate=0.1)
+    assert run.scorer is not None
+    run.scorer.offset.fill_(0.3)
+    run.scorer.scale.fill_(2.0)
+    save_scorer(run.scorer, start.words, tmp_path / "standardised")
+    samples, _ = tokenise(PAIRS, start.words, "pairs")
+    tree = TreeBatch.of(samples)
+    with torch.no_grad():
+        ours = run.scorer(tree).rewards_B
+        for folder, expected in ((tmp_path / "standardised", ours), (tmp_path / "rm" / "final", ours * 2.0 + 0.3)):
+            loaded = load_scorer(folder)
+            assert loaded.pooling == pooling
+            torch.testing.assert_close(loaded(tree).rewards_B, expected, atol=1e-6, rtol=1e-5)
+    assert ours.std() > 1e-3
+    tuned = start.fit("grpo", reward=tmp_path / "standardised")
+    assert math.isfinite(tuned.history[-1]["reward"])
+
+
+def test_all_seven_names_run_in_one_loop(start: Start, tmp_path: Path) -> None:
+    """The promise of the front page: same model, same data, same reward, only the name changes."""
+    data = [{**row, "answer": row["chosen"]} for row in PAIRS]
+
+    def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        return [float(c.strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
+
+    for name in SEVEN:
+        keywords = {"max_steps": 2, "quiet": True}
+        if "max_new_tokens" in prefzoo.algorithm.algorithm_entry(name).options:
+            keywords["max_new_tokens"] = 8
+        run = prefzoo.train(name, model=start.model, tokenizer=start.words, dataset=data, reward=right,
+                            output_dir=tmp_path / name, **keywords)  # fmt: skip
+        assert (tmp_path / name / "final" / "model.safetensors").exists() and run.spent.optimizer_steps > 0
+        assert all(math.isfinite(v) for row in run.history for v in row.values())
