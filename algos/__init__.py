@@ -1,7 +1,9 @@
 """prefzoo.algos: the compositions. One short file per algorithm; importing this package registers them all."""
 
 if __name__ != "prefzoo.algos":
-    raise ImportError("import prefzoo.algos, not algos: this folder is a part of the package 'prefzoo' (pip install -e .)")
+    raise ImportError(
+        "import prefzoo.algos, not algos: this folder is a part of the package 'prefzoo' (pip install -e .)"
+    )
 
 import importlib  # noqa: E402
 import pkgutil  # noqa: E402

@@ -58,9 +58,18 @@ def plan(suite: Suite) -> Plan:
 
 def _shared_jobs(task: Task) -> tuple[list[Job], dict[str, str]]:
     """Jobs that all cells of a task share, and the inputs they give to a cell."""
-    spec = {"task": {"kind": task.kind, "settings": dict(task.settings), "options": {"max_new_tokens": task.options["max_new_tokens"]}}}
+    spec = {
+        "task": {
+            "kind": task.kind,
+            "settings": dict(task.settings),
+            "options": {"max_new_tokens": task.options["max_new_tokens"]},
+        }
+    }
     name = task.name
-    loss = {"sft": create_algorithm("sft").sources["sft"], "reward_model": create_algorithm("reward_model").sources["reward_model"]}
+    loss = {
+        "sft": create_algorithm("sft").sources["sft"],
+        "reward_model": create_algorithm("reward_model").sources["reward_model"],
+    }
     start, data, reward = f"{name}/start", f"{name}/data", f"{name}/reward_model"
     if task.kind == "pairs":
         path = task.settings["data"]
@@ -76,13 +85,16 @@ def _shared_jobs(task: Task) -> tuple[list[Job], dict[str, str]]:
         jobs = [
             Job(data, f"{TASKS}:pairs_split", spec, weight=500, sources={"content": content}),
             Job(start, f"{TASKS}:pairs_start", spec, {"data": data}, weight=500, sources=loss),
-            Job(reward, f"{TASKS}:pairs_reward_model", {**spec, "third": "train"}, with_start, weight=400, sources=loss),
+            Job(
+                reward, f"{TASKS}:pairs_reward_model", {**spec, "third": "train"}, with_start, weight=400, sources=loss
+            ),
             Job(judge, f"{TASKS}:pairs_reward_model", {**spec, "third": "judge"}, with_start, weight=300, sources=loss),
         ]
         return jobs, {**with_start, "reward_model": reward, "judge": judge}
     jobs = [
         Job(start, f"{TASKS}:world_start", spec, weight=500, sources=loss),
-        Job(data, f"{TASKS}:world_preferences", spec, {"start": start}, weight=500),
+        # The preference world labels the start's own answers; the verifiable one has prompts only.
+        Job(data, f"{TASKS}:world_preferences", spec, {"start": start} if task.kind == "requests" else {}, weight=500),
     ]
     inputs = {"start": start, "data": data}
     if task.kind == "requests":
@@ -176,7 +188,11 @@ def run(
             return
         how = "kept from before" if outcome.reused else f"failed: {outcome.error}" if outcome.error else "done"
         seconds = f" in {outcome.facts['seconds']:.0f} s" if outcome.facts and not outcome.reused else ""
-        print(f"[{time.monotonic() - started:5.0f} s] {done}/{total} {outcome.name}: {how}{seconds}", file=sys.stderr, flush=True)
+        print(
+            f"[{time.monotonic() - started:5.0f} s] {done}/{total} {outcome.name}: {how}{seconds}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     outcomes = run_jobs(planned.jobs, folder, workers=workers or os.cpu_count() or 1, imports=paths, report=show)
     results = collect(chosen, planned, outcomes, folder)

@@ -111,7 +111,7 @@ def requests_task(methods: tuple[Method, ...], **settings: Any) -> Task:
             "reward_epochs": 2, "validation_prompts": 512, "sft_more_rate": 1e-3, "permuted": False, **settings,
         },
         recipes={
-            "pairs": {"learning_rate": 5e-4, "rows_per_step": 32},
+            "pairs": {"learning_rate": 2e-4, "rows_per_step": 32},
             "unpaired": {"learning_rate": 5e-4, "rows_per_step": 64},
             "completions": {"learning_rate": 5e-4, "rows_per_step": 64},
             "rollouts": {"learning_rate": 3e-4, "warmup_steps": 3, "final_learning_rate": 0.2, "max_steps": 40},
@@ -144,7 +144,7 @@ SEVEN = (
     Method("rejection_sampling", "rejection_sampling", {"prompts_per_round": 512},
            {"learning_rate": 5e-4, "max_steps": 3}, weight=30),
     Method("dpo", "dpo", {"beta": 0.1}),
-    Method("ipo", "ipo_sum", {"beta": 0.1}),
+    Method("ipo", "ipo", {"beta": 0.7}, {"learning_rate": 5e-4}),
     Method("kto", "kto", {"beta": 0.1, "baseline_rows": 16}),
     Method("grpo", "grpo", {"kl": 0.05, "count": "token"}, weight=60),
     Method("rlvr", "rlvr", weight=40),
@@ -169,7 +169,12 @@ def quick() -> Suite:
 def verifiable() -> Suite:
     """Verifiable rewards on the sums world, trained longer."""
     longer = {"max_steps": 140, "learning_rate": 5e-4}
-    methods = (START, Method("rlvr", "rlvr", {}, longer), Method("rloo", "rlvr", {"estimator": "leave_one_out"}, longer), SFT_MORE)
+    methods = (
+        START,
+        Method("rlvr", "rlvr", {}, longer),
+        Method("rloo", "rlvr", {"estimator": "leave_one_out"}, longer),
+        SFT_MORE,
+    )
     return Suite("verifiable", (sums_task(methods),), budget="35,840 sampled completions per method")
 
 
@@ -194,7 +199,9 @@ def pairs() -> Suite:
         },
         options={"max_new_tokens": 64, "group_size": 8, "prompts_per_step": 16, "temperature": 1.0},
     )  # fmt: skip
-    return Suite("pairs", (task,), budget="one pass over the training third's pairs; rollouts: 2,560 sampled completions")
+    return Suite(
+        "pairs", (task,), budget="one pass over the training third's pairs; rollouts: 2,560 sampled completions"
+    )
 
 
 def get_suite(name: str) -> Suite:

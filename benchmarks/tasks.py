@@ -105,7 +105,10 @@ def world_preferences(params: Params, inputs: Inputs, folder: Path) -> Facts:
     pairs = [{k: v for k, v in p.items() if not k.endswith("_ended")} for p in whole]
     if s["permuted"]:  # a control: labels that say nothing
         coin = generator(s["start_seed"], "permuted labels").random(len(pairs)) < 0.5
-        pairs = [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} if c else p for p, c in zip(pairs, coin, strict=True)]
+        pairs = [
+            {**p, "chosen": p["rejected"], "rejected": p["chosen"]} if c else p
+            for p, c in zip(pairs, coin, strict=True)
+        ]
     _write_rows(folder / "data.jsonl", pairs)
     return {"rows": len(pairs), **report}
 
@@ -117,7 +120,9 @@ def world_reward_model(params: Params, inputs: Inputs, folder: Path) -> Facts:
     facts = _train_reward_model(inputs["start"], inputs["data"] / "data.jsonl", s, s["start_seed"], folder)
     policy, tokenizer = _load_start(inputs)
     rows = world.prompts("validation", s["validation_prompts"], unique=True)
-    answers = sample(policy, tokenizer, rows, 2, Sampling(max_new_tokens=world.max_new_tokens), derive_seed(s["start_seed"], "check"))
+    answers = sample(
+        policy, tokenizer, rows, 2, Sampling(max_new_tokens=world.max_new_tokens), derive_seed(s["start_seed"], "check")
+    )
     scores = _standardise(folder / "run" / "final", answers, tokenizer)
     gold = np.asarray(_world_judge(world, rows, answers, tokenizer)["gold"]).reshape(-1, 2)
     differ = gold[:, 0] != gold[:, 1]
@@ -186,7 +191,10 @@ def pairs_split(params: Params, inputs: Inputs, folder: Path) -> Facts:
         kept = _fitting(rows, tokenizer, s["max_length"] - params["task"]["options"]["max_new_tokens"])
         if s["permuted"] and name == "train":
             coin = generator(s["start_seed"], "permuted labels").random(len(kept)) < 0.5
-            kept = [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} if c else p for p, c in zip(kept, coin, strict=True)]
+            kept = [
+                {**p, "chosen": p["rejected"], "rejected": p["chosen"]} if c else p
+                for p, c in zip(kept, coin, strict=True)
+            ]
         _write_rows(folder / f"{name}.jsonl", kept)
         facts[name] = {"rows": len(kept), "prompt too long": len(rows) - len(kept)}
     return facts
@@ -197,7 +205,9 @@ def _fitting(rows: Rows, tokenizer: Any, limit: int) -> Rows:
     lengths = [len(i) for i in tokenizer([str(r["prompt"]) for r in rows])["input_ids"]] if rows else []
     kept = [r for r, n in zip(rows, lengths, strict=True) if n <= limit]
     if not kept:
-        raise UsageError(f"no prompt of at most {limit} tokens is left in one third of the data; the file is too small.")
+        raise UsageError(
+            f"no prompt of at most {limit} tokens is left in one third of the data; the file is too small."
+        )
     return kept
 
 
@@ -342,7 +352,9 @@ class Permuted:
         return generator(self._seed, self._calls).permutation(scores).tolist()
 
 
-def _samples_of(prompts: Sequence[str], completion_ids: list[list[int]], tokenizer: Any, columns: Mapping[str, Any]) -> Samples:
+def _samples_of(
+    prompts: Sequence[str], completion_ids: list[list[int]], tokenizer: Any, columns: Mapping[str, Any]
+) -> Samples:
     ids = Ragged.of(tokenizer(list(prompts))["input_ids"])
     extra = {"prompt": list(prompts), **{k: v for k, v in columns.items() if k not in ("completions",)}}
     return Samples("completions", ids, Ragged.of(completion_ids), np.arange(len(prompts)), extra=extra)
@@ -364,10 +376,16 @@ def judged(
         "kl": log_ratio.numpy().astype(np.float64),
         "tokens": answers.completions.lengths,
         "finished": ended(answers),
+        "cluster": [_cluster(rows[i]) for i in range(len(rows)) for _ in range(n)],
         "prompt_text": [str(rows[i]["prompt"]) for i in range(len(rows)) for _ in range(n)],
         "completion": texts(answers, tokenizer),
     }
     return pa.table(columns)
+
+
+def _cluster(row: Mapping[str, Any]) -> str:
+    """Prompts of one cluster are not independent: dialogues that begin alike, requests drawn twice."""
+    return first_turn(row) if isinstance(row["prompt"], list) or SEPARATOR in row["prompt"] else row["prompt"]
 
 
 def _scores(params: Params, inputs: Inputs, rows: Rows, answers: Samples, tokenizer: Any) -> dict[str, Any]:
@@ -381,13 +399,13 @@ def _scores(params: Params, inputs: Inputs, rows: Rows, answers: Samples, tokeni
     return columns
 
 
-def _curve_point(
-    params: Params, inputs: Inputs, policy: Policy, start: Policy, tokenizer: Any, step: int
-) -> pa.Table:
+def _curve_point(params: Params, inputs: Inputs, policy: Policy, start: Policy, tokenizer: Any, step: int) -> pa.Table:
     """Scores on fixed validation prompts (the training third's prompts for a file of pairs) at this step."""
     world = _world(params)
     count = 256
-    rows = world.prompts("validation", count, unique=True) if world else _read_rows(inputs["data"] / "train.jsonl")[:count]
+    rows = (
+        world.prompts("validation", count, unique=True) if world else _read_rows(inputs["data"] / "train.jsonl")[:count]
+    )
     table = judged(params, inputs, policy, start, tokenizer, rows, 2, "curve")
     return table.append_column("step", pa.array([step] * len(table)))
 

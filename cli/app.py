@@ -106,11 +106,19 @@ def show(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="of an algorithm or a loss; before the options")] = None,
-    model: Annotated[str | None, typer.Option(help="model folder, hub id, or 'tiny': small, with random weights")] = None,
-    dataset: Annotated[Path | None, typer.Option(help="JSON Lines (.gz) of pairs, rated or demonstrated answers, prompts")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="of an algorithm or a loss; before the options")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="model folder, hub id, or 'tiny': small, with random weights")
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="JSON Lines (.gz) of pairs, rated or demonstrated answers, prompts")
+    ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="new folder for the result (default: runs/NAME)")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="optimizer steps; rollout steps where samples are drawn")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="optimizer steps; rollout steps where samples are drawn")
+    ] = None,
     reward: Annotated[
         list[str] | None,
         typer.Option(help="reward-model folder, verifier (exact, numeric) or my_file.py:function; repeated: their sum"),
@@ -119,7 +127,8 @@ def train(
     ptx_dataset: Annotated[Path | None, typer.Option(help="demonstrations for ppo --ptx")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything that is random")] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="the same keys as here, with underscores; options win over it")
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="the same keys as here, with underscores; options win over it"),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="any option; repeatable")

@@ -164,7 +164,11 @@ def _print_card(facts: dict[str, Any]) -> None:
             "its losses": "\n".join(f"prefzoo show --loss {name}" for name in facts["losses"]),
         }
     else:
-        rows |= {"family": facts["family"], "mean over": facts["count"], "needs": ", ".join(facts["needs"]) or "nothing more"}
+        rows |= {
+            "family": facts["family"],
+            "mean over": facts["count"],
+            "needs": ", ".join(facts["needs"]) or "nothing more",
+        }
     rows["source"] = facts["file"] or "unknown"
     for key, value in rows.items():
         if value:

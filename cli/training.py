@@ -53,7 +53,9 @@ def train(
     if run.history:
         last = {k: v for k, v in run.history[-1].items() if k != "time"}
         print("  ".join(f"{key} {value:.6g}" for key, value in last.items()))
-    print(f"{run.spent.optimizer_steps} optimizer steps in {run.spent.seconds:.1f} s; the result is in {merged['output_dir']}/final")
+    print(
+        f"{run.spent.optimizer_steps} optimizer steps in {run.spent.seconds:.1f} s; the result is in {merged['output_dir']}/final"
+    )
 
 
 def read_words(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
@@ -125,7 +127,9 @@ class Numbers(yaml.SafeLoader):
     """YAML in which 1e-5 is a number: version 1.1, which the library reads, asks for a point in it."""
 
 
-Numbers.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789"))
+Numbers.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789")
+)
 
 
 def _key(text: str) -> str:

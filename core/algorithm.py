@@ -102,7 +102,9 @@ class Stage:
             need = TAKES[term.loss.family]
             if need != have:
                 cure = CURES.get((need, have), f"choose parts that give {need!r}")
-                maker = f"credit {type(self.credit).__name__}" if self.credit else f"source {type(self.source).__name__}"
+                maker = (
+                    f"credit {type(self.credit).__name__}" if self.credit else f"source {type(self.source).__name__}"
+                )
                 raise UsageError(f"loss {term.loss.name!r} takes {need}, but {maker} gives {have}; {cure}.")
             if "baseline" in term.loss.extras and self.prelude is None:
                 raise UsageError(f"loss {term.loss.name!r} needs a baseline; give prelude=RotatedBaseline().")
@@ -118,8 +120,15 @@ class Stage:
                 )
         elif self.credit is not None or not isinstance(self.feedback, Labels) or self.keep is not None:
             raise UsageError("rows of a data set carry their labels; credit, keep and reward belong to Rollouts().")
+        if self.controllers and REFERENCE not in self.needs:
+            raise UsageError("controller 'kl' follows the KL to the reference, but no part of this stage has one.")
+        if isinstance(self.credit, GAE) and isinstance(self.credit.kl, AdaptiveKL):
+            if self.controllers.get("kl") is not self.credit.kl:
+                raise UsageError("credit GAE has an adaptive KL that nobody updates; give controllers={'kl': that controller}.")
         if self.uses_critic and not any(t.trains == CRITIC for t in self.terms):
-            raise UsageError("credit GAE needs a critic that learns; add Term(create_loss('clipped_value'), trains='critic').")
+            raise UsageError(
+                "credit GAE needs a critic that learns; add Term(create_loss('clipped_value'), trains='critic')."
+            )
 
     @property
     def trains(self) -> tuple[str, ...]:
@@ -220,7 +229,9 @@ def _of_loss(entry: Entry, options: dict[str, Any]) -> Algorithm:
     """A registered loss is at once an algorithm of the same name, through its family's default composition."""
     loss = create_loss(entry.name, **options)
     if loss.family is Values:
-        raise UsageError(f"loss {entry.name!r} trains a critic; it is a term of an algorithm (see ppo), not one of its own.")
+        raise UsageError(
+            f"loss {entry.name!r} trains a critic; it is a term of an algorithm (see ppo), not one of its own."
+        )
     if loss.family is PolicyGradient:
         return Algorithm(source=Rollouts(8), feedback=Reward(), credit=GroupRelative(), loss=loss)
     kind: dict[type[Record], Kind] = {Pairs: "pairs", Scores: "pairs", Unpaired: "unpaired", Likelihood: "completions"}

@@ -6,7 +6,9 @@
 """
 
 if __name__ != "prefzoo.losses":
-    raise ImportError("import prefzoo.losses, not losses: this folder is a part of the package 'prefzoo' (pip install -e .)")
+    raise ImportError(
+        "import prefzoo.losses, not losses: this folder is a part of the package 'prefzoo' (pip install -e .)"
+    )
 
 from prefzoo.losses.base import LOSSES, Loss, create_loss, list_losses, register_loss  # noqa: E402
 

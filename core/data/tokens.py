@@ -67,7 +67,9 @@ def encode_sides(
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Any, prompt: bool = False) -> list[int]:
     if tokenizer.chat_template is None:
-        raise UsageError("the data holds messages, but the tokenizer has no chat template; set tokenizer.chat_template.")
+        raise UsageError(
+            "the data holds messages, but the tokenizer has no chat template; set tokenizer.chat_template."
+        )
     ids = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=prompt, return_dict=True)
     return list(ids["input_ids"])
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -67,18 +68,24 @@ class FunctionReward:
 
     def _checked(self, result: Any, count: int) -> list[float]:
         if inspect.isawaitable(result):
-            raise UsageError(f"reward function {self.name!r} is asynchronous; wrap it: def f(**k): return asyncio.run(...).")
-        if isinstance(result, Tensor):
+            raise UsageError(
+                f"reward function {self.name!r} is asynchronous; wrap it: def f(**k): return asyncio.run(...)."
+            )
+        if isinstance(result, Tensor | np.ndarray):
             result = result.tolist()
-        if not isinstance(result, Sequence) or len(result) != count:
+        if not isinstance(result, Sequence) or isinstance(result, str) or len(result) != count:
             got = f"{len(result)} values" if isinstance(result, Sequence) else type(result).__name__
-            raise UsageError(f"reward function {self.name!r} must return a list of {count} numbers, one per completion; got {got}.")
+            raise UsageError(
+                f"reward function {self.name!r} must return a list of {count} numbers, one per completion; got {got}."
+            )
         out = []
         for index, value in enumerate(result):
             if value is None:
                 out.append(math.nan)
                 continue
             try:
+                if isinstance(value, str):  # float() would read it, but a text is a mistake
+                    raise TypeError
                 out.append(float(value))
             except (TypeError, ValueError):
                 raise UsageError(
@@ -146,4 +153,6 @@ def resolve_reward(reward: Any, tokenizer: PreTrainedTokenizerBase) -> RewardSou
         return ModelReward(load_scorer(folder), name=folder.name)
     if callable(reward):
         return FunctionReward(reward, tokenizer)
-    raise UsageError(f"reward: expected a function, a verifier's name or a reward-model folder, got {type(reward).__name__}.")
+    raise UsageError(
+        f"reward: expected a function, a verifier's name or a reward-model folder, got {type(reward).__name__}."
+    )

@@ -63,7 +63,9 @@ def _answers(columns: dict[str, Any]) -> list[Any]:
         if columns.get(name) is not None:
             return list(columns[name])
     have = ", ".join(sorted(columns)) or "none"
-    raise UsageError(f"a verifier needs the right answers: a column {' or '.join(map(repr, ANSWER_COLUMNS))}; it has {have}.")
+    raise UsageError(
+        f"a verifier needs the right answers: a column {' or '.join(map(repr, ANSWER_COLUMNS))}; it has {have}."
+    )
 
 
 def _text(completion: Any) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,21 +34,38 @@ def token_scores(
     return out_C
 
 
+def autocast(precision: str, device: torch.device | str) -> contextlib.AbstractContextManager[Any]:
+    """What every forward pass of a run goes through, so that two of them give the same log-probabilities."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=getattr(torch, precision))
+
+
 def cached_logps(
-    policy: Policy, samples: Samples, token_budget: int, device: torch.device | str, cache: Path | None
+    policy: Policy,
+    samples: Samples,
+    token_budget: int,
+    device: torch.device | str,
+    cache: Path | None,
+    precision: str = "float32",
 ) -> Tensor:
-    """Log-probabilities of all completions under a frozen policy, computed once per (weights, samples).
+    """Log-probabilities of all completions under a frozen policy, computed once per (weights, samples, precision).
 
     The file is shared by every algorithm that asks for the same; its name is the hash of the content.
     """
-    forward = lambda tree: policy(tree).logps_C  # noqa: E731
+
+    def compute() -> Tensor:
+        with autocast(precision, device):
+            return token_scores(lambda tree: policy(tree).logps_C, samples, token_budget, device)
+
     if cache is None:
-        return token_scores(forward, samples, token_budget, device)
+        return compute()
     facts = [weights_hash(policy), _hash(samples.prompts), _hash(samples.completions), samples.prompt_B.tobytes().hex()]
+    facts.append(precision)
     file = cache / f"reference-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]}.safetensors"
     if file.exists():
         return load_file(file)["logps"]
-    logps_C = token_scores(forward, samples, token_budget, device)
+    logps_C = compute()
     cache.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=cache, suffix=".safetensors")
     os.close(handle)

@@ -44,7 +44,10 @@ class Policy(nn.Module):
             logits = self._run(tree, logits_to_keep=tree.predict_C).logits[0]
             logps_C, entropy_C = _score_logits(logits, tree.target_C, temperature, entropy)
             return Scores(logps_C=logps_C, entropy_C=entropy_C)
-        # Too many logits to keep: hidden states are kept, and the head is run again in the backward pass.
+        return self.chunked(tree, chunk, temperature, entropy)
+
+    def chunked(self, tree: TreeBatch, chunk: int, temperature: float = 1.0, entropy: bool = False) -> Scores:
+        """Too many logits to keep: hidden states are kept, and the head is run again in the backward pass."""
         hidden = self._run(tree, base=True).last_hidden_state[0][tree.predict_C]
         parts = [
             checkpoint(self._head, h, t, temperature, entropy, use_reentrant=False)
@@ -54,8 +57,12 @@ class Policy(nn.Module):
         return Scores(logps_C=torch.cat(logps), entropy_C=torch.cat(entropies) if entropy else None)
 
     def _head(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> Any:
+        """What the library does between hidden states and logits; check_packing compares it with the library's."""
+        config = self.model.config.get_text_config()
         logits = self.model.get_output_embeddings()(hidden)
-        logits = logits / getattr(self.model.config, "logits_scaling", 1.0)
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
         return _score_logits(logits, target, temperature, entropy)
 
     def _run(self, tree: TreeBatch, base: bool = False, **options: Any) -> Any:

@@ -65,7 +65,9 @@ class Count:
         """What a micro-batch adds to the numerator: a scalar with gradient."""
         if loss.dim() == 1:
             if self.unit == "token":
-                raise UsageError("count 'token' needs a loss of tokens (B, T); this loss has one value per row: use 'row'.")
+                raise UsageError(
+                    "count 'token' needs a loss of tokens (B, T); this loss has one value per row: use 'row'."
+                )
             loss_B = loss
         elif self.unit == "row":
             loss_B = masked_mean(loss, _mask(mask_BT, self))

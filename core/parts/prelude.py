@@ -37,4 +37,3 @@ class RotatedBaseline:
         owner_B = np.repeat(np.arange(rows), mismatched.completions.lengths)
         ratio_B = ratio_C.new_zeros(rows).index_add(0, torch.from_numpy(owner_B).to(ratio_C.device), ratio_C)
         return kto_baseline(ratio_B)
-

@@ -201,6 +201,8 @@ def choose(logits_RV: Tensor, uniform_R: Tensor, sampling: Sampling) -> tuple[Te
         dropped = (before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p)
         logps_RV = logps_RV.masked_fill(dropped, -torch.inf).log_softmax(-1)
     cumulative = logps_RV.exp().cumsum(-1)
-    level = uniform_R[:, None].to(cumulative.dtype) * cumulative[:, -1:]
+    total_R1 = cumulative[:, -1:]
+    # Below the total even where the product rounds up to it: what comes after has no probability.
+    level = (uniform_R[:, None].to(total_R1.dtype) * total_R1).minimum(total_R1.nextafter(torch.zeros_like(total_R1)))
     token_R1 = torch.searchsorted(cumulative, level, right=True).clamp_(max=logits_RV.shape[-1] - 1)
     return token_R1[:, 0], logps_RV.gather(-1, token_R1)[:, 0]

@@ -24,7 +24,9 @@ class TrainConfig(BaseModel):
     critic_learning_rate: float | None = Field(None, ge=0, description="of the critic; None: as learning_rate")
     rows_per_step: PositiveInt = Field(32, description="rows per optimizer step (data set sources)")
     epochs: float = Field(1.0, gt=0, description="passes over the data (data set sources)")
-    max_steps: PositiveInt | None = Field(None, description="optimizer steps, whatever epochs says; rollout steps for rollout sources")
+    max_steps: PositiveInt | None = Field(
+        None, description="optimizer steps, whatever epochs says; rollout steps for rollout sources"
+    )
     optimizer: Literal["adamw", "sgd"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
@@ -34,13 +36,17 @@ class TrainConfig(BaseModel):
     final_learning_rate: float = Field(0.1, ge=0, le=1, description="fraction of the peak that the decay ends at")
     max_length: PositiveInt = Field(1024, description="tokens of prompt + completion; never over the model's positions")
     tokens_per_batch: PositiveInt = Field(8192, description="token budget of a micro-batch; does not change the result")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; weights stay float32")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the forward pass; weights stay float32"
+    )
     gradient_checkpointing: bool = False
     shuffle: bool = Field(True, description="False: rows in the order of the file")
     seed: int = 0
     device: str | None = Field(None, description="None: a GPU where there is one")
     logging_steps: PositiveInt = 10
-    log_completions: int = Field(3, ge=0, description="sampled completions written to samples.jsonl at each logging step")
+    log_completions: int = Field(
+        3, ge=0, description="sampled completions written to samples.jsonl at each logging step"
+    )
     strict: bool = Field(False, description="stop at a faulty row of the data instead of dropping it")
     cache_dir: Path | None = Field(None, description="where tokens and reference log-probabilities are kept")
 

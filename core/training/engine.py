@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from prefzoo.algorithm import Stage, Term
 from prefzoo.data.samples import Samples
 from prefzoo.feedback import RewardSource
-from prefzoo.models.reference import token_scores
+from prefzoo.models.reference import autocast, token_scores
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.roles import Scores as ModelScores
 from prefzoo.models.tree import TreeBatch, micro_batches
@@ -142,9 +142,7 @@ class Engine:
             return token_scores(forward, samples, self.config.tokens_per_batch, self.device)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.precision == "bfloat16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+        return autocast(self.config.precision, self.device)
 
     # ------------------------------------------------------------------------------------ the loop
 
@@ -219,7 +217,8 @@ class Engine:
         assert self.rollouts is not None and stage.on_policy
         prompts, keys = self._prompts(step)
         seed = derive_seed(self.config.seed, "rollout", step)
-        samples = self.rollouts.generate(prompts, source.group_size, source.sampling, seed, keys)  # type: ignore[union-attr]
+        with self._autocast():  # the learner's precision, or the ratio does not start at 1
+            samples = self.rollouts.generate(prompts, source.group_size, source.sampling, seed, keys)  # type: ignore[union-attr]
         self.spent.prompts += len(prompts)
         self.spent.generated_tokens += len(samples.completions.flat)
         if source.top_p < 1:  # type: ignore[union-attr]
@@ -231,7 +230,6 @@ class Engine:
             kl_B = sequence_kl(samples)
             self.window.add("kl", kl_B)
             if "kl" in stage.controllers:
-                stage.controllers["kl"].update(float(kl_B.mean()), len(kl_B))
                 self.window.add("kl_coefficient", stage.controllers["kl"].value)
         if self.critic is not None:
             samples = samples.with_tokens(values=self.values(samples))
@@ -242,6 +240,8 @@ class Engine:
             samples, scores_B = stage.keep(samples, scores_B)
         if len(samples) and stage.credit is not None:
             samples = stage.credit(samples, scores_B)
+        if "kl" in stage.controllers:  # after the credit: this batch moves the coefficient of the next one
+            stage.controllers["kl"].update(float(kl_B.mean()), len(kl_B))
         return samples
 
     def _prompts(self, step: int) -> tuple[Samples, np.ndarray]:
@@ -267,7 +267,9 @@ class Engine:
         groups = scores_B.view(len(samples.prompts), -1)
         if groups.shape[1] > 1:
             add("reward_std", groups.std(1).nan_to_num())
-            add("frac_reward_zero_std", (groups.nan_to_num().std(1) == 0).float())
+            # By the extremes, not by the standard deviation, which rounding may leave above 0; the missing do not count.
+            highest, lowest = groups.nan_to_num(-math.inf).amax(1), groups.nan_to_num(math.inf).amin(1)
+            add("frac_reward_zero_std", (highest <= lowest).float())
 
     def _shown(self, samples: Samples, scores_B: Tensor) -> list[dict[str, Any]]:
         count = min(self.config.log_completions, len(samples.completions))
@@ -276,7 +278,7 @@ class Engine:
             {
                 "prompt": self.tokenizer.decode(samples.prompts[samples.prompt_B[b]]),
                 "completion": self.tokenizer.decode(samples.completions[b]),
-                "reward": float(scores_B[b]),
+                "reward": None if scores_B[b].isnan() else float(scores_B[b]),
             }
             for b in rows
         ]
@@ -361,7 +363,11 @@ class Engine:
             parameters = [p for group in trained.optimizer.param_groups for p in group["params"]]
             limit = c.max_grad_norm if c.max_grad_norm is not None else math.inf
             norms[role] = float(nn.utils.clip_grad_norm_(parameters, limit))
-        bad = [k for k, v in {**losses, **{f"gradient norm of {r}": n for r, n in norms.items()}}.items() if not math.isfinite(v)]
+        bad = [
+            k
+            for k, v in {**losses, **{f"gradient norm of {r}": n for r, n in norms.items()}}.items()
+            if not math.isfinite(v)
+        ]
         if bad:
             raise NonFiniteError(
                 f"step {number + 1}: {', '.join(bad)} not finite; stopped before the step, so the weights are the last "
@@ -378,7 +384,9 @@ class Engine:
 
     def _ptx_rows(self, rows: int, number: int) -> Samples:
         assert self.ptx is not None
-        chosen = generator(self.config.seed, "ptx", number).choice(len(self.ptx), size=min(rows, len(self.ptx)), replace=False)
+        chosen = generator(self.config.seed, "ptx", number).choice(
+            len(self.ptx), size=min(rows, len(self.ptx)), replace=False
+        )
         return self.ptx.take(chosen)
 
 

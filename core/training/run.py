@@ -189,7 +189,9 @@ def _reward(
     if isinstance(reward, str | Path) and Path(reward).is_dir():
         theirs = load_tokenizer(reward)
         if tokenizer_hash(theirs) != tokenizer_hash(tokenizer) and theirs.get_vocab() != tokenizer.get_vocab():
-            raise UsageError(f"reward model {str(reward)!r} has another tokenizer than the policy; train one on this model.")
+            raise UsageError(
+                f"reward model {str(reward)!r} has another tokenizer than the policy; train one on this model."
+            )
     source = resolve_reward(reward, tokenizer)
     if isinstance(source, ModelReward):
         source.scorer.to(device)
@@ -206,7 +208,11 @@ def _engine(
     ptx_dataset: Any, reward: RewardSource | None, anchor: Policy | None, device: torch.device, log: RunLog,
 ) -> tuple[Engine, Scorer | None]:  # fmt: skip
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or settings.max_length
-    options = {"max_length": min(settings.max_length, positions), "cache": settings.cache_dir, "strict": settings.strict}
+    options = {
+        "max_length": min(settings.max_length, positions),
+        "cache": settings.cache_dir,
+        "strict": settings.strict,
+    }
     samples, report = tokenise(data, tokenizer, stage.source.data, **options)
     for line in report.lines():
         log.note(line)
@@ -221,7 +227,8 @@ def _engine(
         reference = anchor or (clone(policy) if live else policy)
         if not stage.on_policy:
             # Offline rows never change, so neither do their reference log-probabilities: once, before any step.
-            logps = cached_logps(reference, samples, settings.tokens_per_batch, device, settings.cache_dir)
+            budget, precision = settings.tokens_per_batch, settings.precision
+            logps = cached_logps(reference, samples, budget, device, settings.cache_dir, precision)
             samples = samples.with_tokens(ref_logps=logps)
     scorer = new_scorer(policy, stage.pooling).to(device) if REWARD in stage.trains else None  # type: ignore[arg-type]
     critic = None
@@ -244,7 +251,12 @@ def _add(a: Spent, b: Spent) -> Spent:
 
 
 def _write(
-    run: Run, algorithm: Algorithm, settings: TrainConfig, data: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path
+    run: Run,
+    algorithm: Algorithm,
+    settings: TrainConfig,
+    data: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
 ) -> None:
     if run.scorer is not None:
         save_scorer(run.scorer, tokenizer, folder / "final")

@@ -1,0 +1,247 @@
+"""Reports of a finished suite: a table for the terminal, ``report.md``, ``report.png``. All from ``results.json``."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefzoo.registry import UsageError
+
+Result = Mapping[str, Any]
+
+
+def report(folder: str | Path) -> str:
+    """Render the stored results of a suite again; returns the terminal's table."""
+    folder = Path(folder)
+    if not (folder / "results.json").exists():
+        raise UsageError(f"{str(folder)!r} holds no results.json; give the --out folder of a finished suite.")
+    return write_report(folder)
+
+
+def write_report(folder: Path) -> str:
+    """Write ``report.md`` and ``report.png`` beside ``results.json``; returns the terminal's table."""
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "report.md").write_text(markdown(results), encoding="utf-8")
+    draw(results, folder / "report.png")
+    return terminal(results) + f"\nreport: {folder / 'report.md'}\n"
+
+
+def ranked(task: Result) -> list[tuple[str, Result]]:
+    """Methods by their win rate against the start, best first; the baselines last."""
+
+    def order(item: tuple[str, Result]) -> tuple[bool, float]:
+        name, method = item
+        win = method.get("against_start", {}).get("win", {}).get("mean", 0.5)
+        return name in ("start", "sft_more"), -win
+
+    return sorted(task["methods"].items(), key=order)
+
+
+def markdown(results: Result) -> str:
+    """The report as Markdown."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("prefzoo.benchmarks"),
+        undefined=StrictUndefined,
+        autoescape=False,
+        keep_trailing_newline=True,
+    )
+    template = environment.get_template("report.md.j2")
+    return template.render(
+        r=results, rows=ranked, win=win_text, mean=mean_text, points=points_text, interval=interval_text,
+        signed=signed_text, pct=lambda x: f"{100 * x:.1f} %",
+    )  # fmt: skip
+
+
+def interval_text(estimate: Result) -> str:
+    """``64.2 % (62.1 to 66.3)``."""
+    return f"{100 * estimate['mean']:.1f} % ({100 * estimate['low']:.1f} to {100 * estimate['high']:.1f})"
+
+
+def win_text(method: Result, baseline: str) -> str:
+    """Win rate against a baseline, in bold where the interval is clear of 50 %."""
+    against = method.get(f"against_{baseline}")
+    if against is None:
+        return "–"
+    win = against["win"]
+    clear = win["low"] > 0.5 or win["high"] < 0.5
+    return f"**{interval_text(win)}**" if clear else interval_text(win)
+
+
+def mean_text(method: Result, column: str) -> str:
+    estimate = method["means"].get(column)
+    if estimate is None:
+        return "–"
+    half = (estimate["high"] - estimate["low"]) / 2
+    digits = 1 if column == "tokens" else 2
+    return (
+        f"{estimate['mean']:.{digits}f} ± {half:.{digits}f}"
+        if math.isfinite(half)
+        else f"{estimate['mean']:.{digits}f}"
+    )
+
+
+def points_text(difference: Result) -> str:
+    """A difference of shares in percentage points with its interval."""
+    return f"{100 * difference['mean']:+.1f} ({100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"
+
+
+def signed_text(difference: Result) -> str:
+    return f"{difference['mean']:+.2f} ({difference['low']:+.2f} to {difference['high']:+.2f})"
+
+
+def terminal(results: Result, width: int = 132) -> str:
+    """The leaderboard as plain text."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    stamp = (
+        "this run only: one seed, intervals over prompts" if results["this_run_only"] else f"{results['seeds']} seeds"
+    )
+    for name, task in results["tasks"].items():
+        table = Table(title=f"{results['suite']} / {name}   [{stamp}]", box=SIMPLE_HEAD, title_justify="left")
+        columns = [
+            "method",
+            "win vs start, %",
+            "vs sft_more, %",
+            task["metric"],
+            "proxy",
+            "KL",
+            "tokens",
+            "seconds",
+            "GiB",
+        ]
+        for column in columns:
+            table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+        for method_name, method in ranked(task):
+            table.add_row(
+                method_name, _plain_win(method, "start"), _plain_win(method, "sft_more"), mean_text(method, task["metric"]),
+                mean_text(method, "proxy"), mean_text(method, "kl"), mean_text(method, "tokens"),
+                f"{method['seconds']:.0f}", f"{method['peak_memory'] / 2**30:.2f}",
+            )  # fmt: skip
+        console.print(table)
+        if task["metric"] == "exact":
+            for method_name, method in ranked(task):
+                if "against_start" in method:
+                    gain = points_text(method["against_start"]["difference"])
+                    console.print(f"  {method_name}: exact accuracy {gain} points over the start", highlight=False)
+        if "judge_accuracy" in task:
+            accuracy = task["judge_accuracy"]
+            console.print(
+                f"  judge agrees with people in {interval_text({**accuracy, 'mean': accuracy['share']})} of "
+                f"{accuracy['n']} test pairs (a coin: 50 %)", highlight=False,
+            )  # fmt: skip
+        for method_name, curve in task["curves"].items():
+            proxy = f", proxy {signed_text(curve['proxy_end_minus_peak'])}" if "proxy_end_minus_peak" in curve else ""
+            console.print(
+                f"  {method_name}: {task['metric']} peaks at step {curve['peak_step']}, then "
+                f"{signed_text(curve['end_minus_peak'])}{proxy}", highlight=False,
+            )  # fmt: skip
+        for method_name, reason in task["not_applicable"].items():
+            console.print(f"  {method_name}: not applicable, {reason}", highlight=False)
+        for cell, reason in task["failed"].items():
+            console.print(f"  {cell} FAILED: {reason.strip().splitlines()[-1]}", highlight=False)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def _plain_win(method: Result, baseline: str) -> str:
+    against = method.get(f"against_{baseline}")
+    if against is None:
+        return "–"
+    win = against["win"]
+    return f"{100 * win['mean']:.1f} [{100 * win['low']:.1f}, {100 * win['high']:.1f}]"
+
+
+def draw(results: Result, path: Path) -> None:
+    """One row per task: win rates with intervals, the metric against the square root of KL, curves while training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tasks = [(n, t) for n, t in results["tasks"].items() if len(t["methods"]) > 1]
+    if not tasks:
+        return
+    wide = 3 if any(t["curves"] for _, t in tasks) else 2
+    heights = [max(2.6, 0.36 * len(t["methods"]) + 1.2) for _, t in tasks]
+    figure, axes = plt.subplots(
+        len(tasks), wide, figsize=(4.6 * wide, sum(heights)), squeeze=False,
+        gridspec_kw={"height_ratios": heights}, layout="constrained",
+    )  # fmt: skip
+    for (name, task), row in zip(tasks, axes, strict=True):
+        _draw_wins(row[0], name, task)
+        _draw_frontier(row[1], task)
+        if wide == 3:
+            _draw_curves(row[2], task)
+    stamp = "this run only (one seed)" if results["this_run_only"] else f"{results['seeds']} seeds"
+    figure.suptitle(f"prefzoo bench {results['suite']} – {stamp}", fontsize=11)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+BLUE, GREY, RED = "#2b6cb0", "#8a8f98", "#c05621"
+
+
+def _draw_wins(axis: Any, name: str, task: Result) -> None:
+    """Win rates against the start; for a verifier, whose answers are right or wrong, the gain in accuracy."""
+    checked = task["metric"] == "exact"
+    shown = [
+        (m, x["against_start"]["difference" if checked else "win"]) for m, x in ranked(task) if "against_start" in x
+    ]
+    for place, (method, value) in enumerate(reversed(shown)):
+        colour = GREY if method == "sft_more" else BLUE
+        low, high = 100 * value["low"], 100 * value["high"]
+        axis.plot([low, high], [place, place], color=colour, lw=2.2, solid_capstyle="round")
+        axis.plot(100 * value["mean"], place, "o", color=colour, ms=6)
+    axis.axvline(0 if checked else 50, color="black", lw=0.8, ls=":")
+    axis.set_yticks(range(len(shown)), [m for m, _ in reversed(shown)])
+    axis.set_ylim(-0.6, len(shown) - 0.4)
+    axis.set_xlabel(f"{'accuracy gained over' if checked else 'win rate against'} the start, % (95 %)")
+    axis.set_title(f"{name}, judged by {task['metric']}", fontsize=10, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_frontier(axis: Any, task: Result) -> None:
+    for method, x in ranked(task):
+        kl, score = x["means"]["kl"], x["means"][task["metric"]]
+        distance = math.sqrt(max(kl["mean"], 0.0))
+        colour = GREY if method in ("start", "sft_more") else BLUE
+        error = (score["high"] - score["low"]) / 2
+        axis.errorbar(
+            distance, score["mean"], yerr=error if math.isfinite(error) else None, fmt="o", color=colour, ms=5, lw=1.2
+        )
+        axis.annotate(method, (distance, score["mean"]), xytext=(5, 3), textcoords="offset points", fontsize=7.5)
+    axis.margins(x=0.18, y=0.12)
+    axis.set_xlabel("sqrt of KL to the start, sqrt(nats)")
+    axis.set_ylabel(task["metric"])
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_curves(axis: Any, task: Result) -> None:
+    if not task["curves"]:
+        axis.set_axis_off()
+        return
+    name, curve = next(iter(task["curves"].items()))
+    axis.errorbar(
+        curve["steps"],
+        curve["means"][task["metric"]],
+        yerr=[1.96 * e for e in curve["errors"]],
+        color=BLUE,
+        marker="o",
+        ms=4,
+    )
+    axis.set_xlabel(f"{name}: rollout step")
+    axis.set_ylabel(task["metric"], color=BLUE)
+    axis.spines["top"].set_visible(False)
+    if "proxy" in curve["means"]:
+        other = axis.twinx()
+        other.plot(curve["steps"], curve["means"]["proxy"], color=RED, marker="s", ms=4, ls="--")
+        other.set_ylabel("proxy reward (what training sees)", color=RED)
+        other.spines["top"].set_visible(False)
