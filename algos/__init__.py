@@ -5,8 +5,8 @@ if __name__ != "prefzoo.algos":
         "import prefzoo.algos, not algos: this folder is a part of the package 'prefzoo' (pip install -e .)"
     )
 
-import importlib  # noqa: E402
-import pkgutil  # noqa: E402
+import importlib
+import pkgutil
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -14,11 +14,11 @@ def dpo(*, beta: float = 0.1) -> Algorithm:
     Args:
         beta: strength of the pull to the reference; 1/beta is the temperature of the implicit reward.
 
-    The reference is the start model, its log-probabilities computed once before the first step. Learning rate 1e-6 (TRL)
-    suits full fine-tuning of models of a billion parameters; tiny models want 1e-4 to 1e-3.
+    The reference is the start model, its log-probabilities computed once before the first step. Learning rate 1e-6
+    (TRL) suits full fine-tuning of models of a billion parameters; tiny models want 1e-4 to 2e-4.
 
-    Known behaviour: log-probabilities of *both* sides usually fall, the rejected ones faster; watch ``logps/chosen``, and
-    lower the learning rate or add a likelihood term where answers degrade.
+    Known behaviour: log-probabilities of *both* sides usually fall, the rejected ones faster; watch ``logps/chosen``,
+    and lower the learning rate or add a likelihood term where answers degrade.
 
     Source: Rafailov et al., arXiv:2305.18290, equation 7.
 

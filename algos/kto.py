@@ -26,8 +26,8 @@ def kto(
 
     Trains on unpaired data; pairs become one good and one bad row each, shuffled.
 
-    Convention: z0 is estimated once for the whole optimizer batch, from each prompt with its neighbour's completion; TRL
-    estimates it within each device's micro-batch, in file order.
+    Convention: z0 is estimated once for the whole optimizer batch, from each prompt with its neighbour's completion;
+    TRL estimates it within each device's micro-batch, in file order.
 
     Source: Ethayarajh et al., arXiv:2402.01306, equation 8.
 

@@ -13,8 +13,8 @@ def sft() -> Algorithm:
 
     Trains on prompt-completion data; of preference data it takes the chosen side, of unpaired data the desirable rows.
 
-    Convention: prompt tokens carry no loss, and the mean is over all tokens of the optimizer batch, so that long answers
-    weigh as much as their length; TRL divides within each micro-batch.
+    Convention: prompt tokens carry no loss, and the mean is over all tokens of the optimizer batch, so that long
+    answers weigh as much as their length; TRL divides within each micro-batch.
 
     Example::
 

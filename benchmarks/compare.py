@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from prefzoo.benchmarks.tasks import sample, texts
 from prefzoo.data.formats import convert, load_dataset
 from prefzoo.data.samples import Samples
 from prefzoo.feedback import resolve_reward
+from prefzoo.models.load import load_tokenizer
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Sampling
 from prefzoo.training import Run
@@ -37,7 +39,7 @@ class Comparison:
         from rich.console import Console
         from rich.table import Table
 
-        console = Console(file=io.StringIO(), width=110, force_terminal=False)
+        console = Console(file=io.StringIO(), width=110, force_terminal=False, markup=False, emoji=False)
         table = Table("A", "B", "A wins, %", "p (Holm)", "ties, %", "order flips, %", "verdict on A", box=SIMPLE_HEAD)
         for p in self.pairs:
             w = p["win"]
@@ -64,17 +66,18 @@ def compare(
         models: name -> folder of a model or run, or a :class:`prefzoo.Run`; a list is named by its folders.
         prompts: a data set of any type; its prompts are used, each once.
         judge: scores single answers: a reward function with TRL's signature, a verifier's name, a reward-model folder.
-            Or compares two: ``pairwise(f)`` with ``f(prompts, answers_a, answers_b)`` giving numbers in [0, 1], 1 where A
-            is better; it is asked in both orders, and the two verdicts are averaged before any statistics.
+            Or compares two: ``pairwise(f)`` with ``f(prompts, answers_a, answers_b)`` giving numbers in [0, 1], 1 where
+            A is better; it is asked in both orders, and the two verdicts are averaged before any statistics.
         samples: answers per prompt, averaged within the prompt.
         temperature, max_new_tokens, seed: how answers are sampled; the same random numbers for every model.
 
     One run per model: the verdicts are about these models, not about the methods that made them.
     """
-    named = dict(models) if isinstance(models, Mapping) else {_name(m): m for m in models}
+    named = dict(models) if isinstance(models, Mapping) else _named(models)
     if len(named) < 2:
-        raise UsageError("compare needs at least two models with different names.")
-    rows = convert(load_dataset(prompts), "prompt").rows
+        raise UsageError("compare needs at least two models.")
+    found = convert(load_dataset(prompts), "prompt").rows
+    rows = list({json.dumps(r, sort_keys=True, default=str): r for r in found}.values())
     answered = {
         n: _answer(m, rows, samples, Sampling(temperature, max_new_tokens=max_new_tokens), seed)
         for n, m in named.items()
@@ -82,6 +85,7 @@ def compare(
     words = {n: texts(s, t) for n, (s, t) in answered.items()}
     scores = None if isinstance(judge, pairwise) else {n: _score(judge, *answered[n]) for n in named}
     asked = [str(r["prompt"]) for r in rows for _ in range(samples)]
+    clusters = [str(r["prompt"]) for r in rows]
     pairs, tests = [], []
     for a, b in itertools.combinations(named, 2):
         flips = None
@@ -92,18 +96,17 @@ def compare(
             assert scores is not None
             wins = statistics.win(scores[a], scores[b])
         table = wins.reshape(1, len(rows), samples).mean(-1)
-        clusters = [str(r["prompt"]) for r in rows]
         win = statistics.estimate(table, clusters=clusters, null=0.5)
         tests.append((table, win))
         pairs.append({"a": a, "b": b, "win": win.to_dict(), "ties": float((wins == 0.5).mean()), "order_flips": flips})
     adjusted = statistics.holm([win.p if win.p is not None else 1.0 for _, win in tests])
     for row, (table, _), p in zip(pairs, tests, adjusted, strict=True):
-        gap = statistics.difference(table, 1 - table, paired_seeds=True)
+        gap = statistics.difference(table, 1 - table, paired_seeds=True, clusters=clusters)
         row |= {"p_holm": float(p), "verdict": statistics.verdict(gap, float(p))}
     return Comparison(tuple(named), pairs, words)
 
 
-class pairwise:  # noqa: N801 - reads as a word at the call: judge=pairwise(f)
+class pairwise:
     """Marks a judge that compares two answers instead of scoring one."""
 
     def __init__(self, function: PairJudge) -> None:
@@ -116,6 +119,14 @@ class pairwise:  # noqa: N801 - reads as a word at the call: judge=pairwise(f)
                 f"a pairwise judge must give {len(prompts)} numbers in [0, 1]; got {verdicts.shape}: {verdicts[:5]}."
             )
         return verdicts
+
+
+def _named(models: Sequence[Any]) -> dict[str, Any]:
+    names = [_name(m) for m in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two of the models are called {name!r}; give a mapping of names to models.")
+    return dict(zip(names, models, strict=True))
 
 
 def _name(model: Any) -> str:
@@ -135,6 +146,9 @@ def _answer(model: Any, rows: list[dict[str, Any]], n: int, sampling: Sampling, 
 
 
 def _score(judge: Any, answers: Samples, tokenizer: Any) -> np.ndarray:
+    if isinstance(judge, str | Path) and Path(judge).is_dir():  # it reads the policy's ids, so they must mean the same
+        if load_tokenizer(judge).get_vocab() != tokenizer.get_vocab():
+            raise UsageError(f"judge {str(judge)!r} has another tokenizer than a model it should judge.")
     scores = resolve_reward(judge, tokenizer)(answers).numpy().astype(np.float64)
     if np.isnan(scores).any():
         raise UsageError(f"the judge gave no score for {int(np.isnan(scores).sum())} answers; it must judge every one.")

@@ -8,12 +8,14 @@ a finished job is never run again, an edited loss never gets an old result, and 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -87,7 +89,7 @@ def run_jobs(
     imports: Sequence[Path] = (),
     report: Callable[[Outcome, int, int], None] = lambda outcome, done, total: None,
 ) -> dict[str, Outcome]:
-    """Run jobs as their inputs become ready, ``workers`` at a time, one thread each; a failed job fails what needs it."""
+    """Run jobs as their inputs become ready, ``workers`` at a time, a thread each; a failed job fails what needs it."""
     keys = keys_of(jobs)
     folders = {j.name: out / "cells" / f"{j.name.replace('/', '-')}-{keys[j.name]}" for j in jobs}
     done: dict[str, Outcome] = {}
@@ -98,9 +100,9 @@ def run_jobs(
         report(outcome, len(done), len(jobs))
 
     for job in jobs:
-        facts = folders[job.name] / "facts.json"
-        if facts.exists():
-            finish(Outcome(job.name, keys[job.name], folders[job.name], json.loads(facts.read_text()), reused=True))
+        stored = folders[job.name] / "facts.json"
+        if stored.exists():
+            finish(Outcome(job.name, keys[job.name], folders[job.name], json.loads(stored.read_text()), reused=True))
             waiting.remove(job)
     if not waiting:
         return done
@@ -140,8 +142,17 @@ def _begin(imports: Sequence[Path]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     for path in imports:
         import_file(path)
+
+
+def _leave_with_parent() -> None:
+    """A worker whose suite was killed must not go on training for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(call: str, params: dict[str, Any], inputs: dict[str, Path], folder: Path) -> tuple[Any, str | None]:
@@ -168,10 +179,8 @@ def _work(call: str, params: dict[str, Any], inputs: dict[str, Path], folder: Pa
 
 
 def _reset_peak_memory() -> None:
-    try:
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then of the worker's whole life
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux, or not allowed: the peak is then of the worker's whole life
-        pass
 
 
 def _peak_memory() -> int:

@@ -101,7 +101,8 @@ def terminal(results: Result, width: int = 132) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    # Square brackets are a stamp, intervals and the words of errors, never styles.
+    console = Console(file=io.StringIO(), width=width, force_terminal=False, markup=False, emoji=False)
     stamp = (
         "this run only: one seed, intervals over prompts" if results["this_run_only"] else f"{results['seeds']} seeds"
     )
@@ -122,8 +123,9 @@ def terminal(results: Result, width: int = 132) -> str:
             table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
         for method_name, method in ranked(task):
             table.add_row(
-                method_name, _plain_win(method, "start"), _plain_win(method, "sft_more"), mean_text(method, task["metric"]),
-                mean_text(method, "proxy"), mean_text(method, "kl"), mean_text(method, "tokens"),
+                method_name, _plain_win(method, "start"), _plain_win(method, "sft_more"),
+                mean_text(method, task["metric"]), mean_text(method, "proxy"), mean_text(method, "kl"),
+                mean_text(method, "tokens"),
                 f"{method['seconds']:.0f}", f"{method['peak_memory'] / 2**30:.2f}",
             )  # fmt: skip
         console.print(table)

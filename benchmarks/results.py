@@ -74,7 +74,7 @@ def collect(suite: Suite, plan: Plan, outcomes: Mapping[str, Outcome], folder: P
             "metric": task.metric,
             "shared": shared,
             "reused": [o.name for c in cells.values() for o in c if o.reused],
-            "failed": {o.name: o.error for c in cells.values() for o in c if o.error},
+            "failed": {o.name: o.error for o in outcomes.values() if o.error and o.name.startswith(f"{task.name}/")},
             "not_applicable": plan.not_applicable[task.name],
             "methods": {m: _method(m, task, answers, finished) for m in answers},
             "pairs": _pairs(task, answers),
@@ -90,6 +90,8 @@ def collect(suite: Suite, plan: Plan, outcomes: Mapping[str, Outcome], folder: P
             tables.append(table.append_column("task", pa.array([task.name] * len(table))))
     if tables:
         pq.write_table(pa.concat_tables(tables, promote_options="default"), folder / "rows.parquet")
+    else:  # the rows of an earlier call do not belong to these results
+        (folder / "rows.parquet").unlink(missing_ok=True)
     return {
         "suite": suite.name,
         "budget": suite.budget,
@@ -146,7 +148,8 @@ def _pairs(task: Task, answers: Mapping[str, Answers]) -> list[dict[str, Any]]:
         return []
     against = {n: answers[n].wins_SN(answers["start"], task.metric) for n in names}
     clusters = answers["start"].clusters
-    rows, gaps = [], []
+    rows: list[dict[str, Any]] = []
+    gaps = []
     for a, b in itertools.combinations(names, 2):
         gap = statistics.difference(against[a], against[b], paired_seeds=True, clusters=clusters)
         head = statistics.estimate(answers[a].wins_SN(answers[b], task.metric), clusters=clusters, null=0.5)
@@ -160,7 +163,7 @@ def _pairs(task: Task, answers: Mapping[str, Answers]) -> list[dict[str, Any]]:
 
 def _curves(cells: Mapping[str, list[Outcome]], metric: str) -> dict[str, Any]:
     """For methods scored while training: means by step, and whether the truth ends below its own peak while the proxy
-    goes on rising. The peak is chosen by looking, so the drop from it is a little flattered; the interval says how much."""
+    goes on rising. The peak is chosen by looking, so the drop from it is flattered by about one standard error."""
     out: dict[str, Any] = {}
     for name, outcomes in cells.items():
         files = [o.folder / "curve.parquet" for o in outcomes if (o.folder / "curve.parquet").exists()]
@@ -178,7 +181,8 @@ def _curves(cells: Mapping[str, list[Outcome]], metric: str) -> dict[str, Any]:
                 values = np.asarray(table[column], dtype=np.float64)
                 prompts = prompt.max() + 1
                 found.append([
-                    np.bincount(prompt[step == s], values[step == s], prompts) / np.bincount(prompt[step == s], None, prompts)
+                    np.bincount(prompt[step == s], values[step == s], prompts)
+                    / np.bincount(prompt[step == s], None, prompts)
                     for s in steps
                 ])  # fmt: skip
             return np.asarray(found).transpose(1, 0, 2)

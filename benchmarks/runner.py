@@ -58,7 +58,7 @@ def plan(suite: Suite) -> Plan:
 
 def _shared_jobs(task: Task) -> tuple[list[Job], dict[str, str]]:
     """Jobs that all cells of a task share, and the inputs they give to a cell."""
-    spec = {
+    spec: dict[str, Any] = {
         "task": {
             "kind": task.kind,
             "settings": dict(task.settings),
@@ -120,7 +120,9 @@ def _not_applicable(task: Task, method: Method) -> str | None:
 def _cell_job(
     suite: Suite, task: Task, method: Method, seed: int, inputs: dict[str, str], trained: Sequence[str]
 ) -> Job:
-    options, training, sources = {}, {}, {}
+    options: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     if method.algorithm is not None:
         options, training = task.resolve(method)
         sources = create_algorithm(method.algorithm, **options).sources

@@ -134,13 +134,14 @@ def _train_reward_model(start: Path, data: Any, s: Mapping[str, Any], seed: int,
     run = train(
         "reward_model", model=start / "run" / "final", dataset=data, output_dir=folder / "run", pooling="mean",
         centering=0.001, seed=seed, learning_rate=s["reward_rate"], rows_per_step=s["reward_rows"],
-        epochs=s["reward_epochs"], weight_decay=0.05, logging_steps=50, max_length=s.get("max_length", 1024), quiet=True,
+        epochs=s["reward_epochs"], weight_decay=0.05, logging_steps=50, max_length=s.get("max_length", 1024),
+        quiet=True,
     )  # fmt: skip
     return {"spent": run.spent.to_dict()}
 
 
 def _standardise(folder: Path, answers: Samples, tokenizer: Any) -> np.ndarray:
-    """Give the reward model mean 0 and standard deviation 1 on these answers; else beta means another thing each time."""
+    """Give the reward model mean 0 and standard deviation 1 on these answers, so that beta means the same in every run."""
     scorer = load_scorer(folder)
     raw = ModelReward(scorer)(answers)
     scorer.offset.fill_(float(raw.mean()))

@@ -53,9 +53,9 @@ def train(
     if run.history:
         last = {k: v for k, v in run.history[-1].items() if k != "time"}
         print("  ".join(f"{key} {value:.6g}" for key, value in last.items()))
-    print(
-        f"{run.spent.optimizer_steps} optimizer steps in {run.spent.seconds:.1f} s; the result is in {merged['output_dir']}/final"
-    )
+    spent = run.spent
+    print(f"{spent.optimizer_steps} optimizer steps in {spent.seconds:.1f} s")
+    print(f"the result is in {merged['output_dir']}/final")
 
 
 def read_words(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:

@@ -31,7 +31,13 @@ _FACE = {
 
 if TYPE_CHECKING:
     from prefzoo.algorithm import (
-        Algorithm, Schedule, Stage, Term, create_algorithm, list_algorithms, register_algorithm,
+        Algorithm,
+        Schedule,
+        Stage,
+        Term,
+        create_algorithm,
+        list_algorithms,
+        register_algorithm,
     )  # fmt: skip
     from prefzoo.benchmarks import compare
     from prefzoo.data.formats import load_dataset

@@ -122,9 +122,9 @@ class Stage:
             raise UsageError("rows of a data set carry their labels; credit, keep and reward belong to Rollouts().")
         if self.controllers and REFERENCE not in self.needs:
             raise UsageError("controller 'kl' follows the KL to the reference, but no part of this stage has one.")
-        if isinstance(self.credit, GAE) and isinstance(self.credit.kl, AdaptiveKL):
-            if self.controllers.get("kl") is not self.credit.kl:
-                raise UsageError("credit GAE has an adaptive KL that nobody updates; give controllers={'kl': that controller}.")
+        adaptive = self.credit.kl if isinstance(self.credit, GAE) and isinstance(self.credit.kl, AdaptiveKL) else None
+        if adaptive is not None and self.controllers.get("kl") is not adaptive:
+            raise UsageError("nobody updates the adaptive KL of GAE; give it as controllers={'kl': ...} too.")
         if self.uses_critic and not any(t.trains == CRITIC for t in self.terms):
             raise UsageError(
                 "credit GAE needs a critic that learns; add Term(create_loss('clipped_value'), trains='critic')."

@@ -29,6 +29,7 @@ def masked_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return masked_sum(values_BT, mask_BT) / mask_BT.sum(-1).clamp(min=1)
 
 
+@dataclass(frozen=True)
 class Record:
     """Base of the families: checks the shapes that the field names promise."""
 

@@ -83,7 +83,8 @@ class Entry:
 class Registry:
     """Functions by name. ``provider`` is the module that registers our own entries, imported at the first look-up.
 
-    Packages add entries through the entry-point group of their plural (``prefzoo.losses``, ``prefzoo.algorithms``); users' files through ``--import``.
+    Packages add entries through the entry-point groups ``prefzoo.losses``, ``prefzoo.algorithms`` (the kind's plural);
+    users' files through ``--import``.
 
     >>> shapes = Registry("shape")
     >>> @shapes.register(aliases=("quad",))

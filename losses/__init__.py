@@ -10,6 +10,6 @@ if __name__ != "prefzoo.losses":
         "import prefzoo.losses, not losses: this folder is a part of the package 'prefzoo' (pip install -e .)"
     )
 
-from prefzoo.losses.base import LOSSES, Loss, create_loss, list_losses, register_loss  # noqa: E402
+from prefzoo.losses.base import LOSSES, Loss, create_loss, list_losses, register_loss
 
 __all__ = ["LOSSES", "Loss", "create_loss", "list_losses", "register_loss"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -90,7 +91,7 @@ def register_loss(
         aliases=aliases,
         family=family,
         count=count or ("token" if token else "row"),
-        reference=reference and "ref" in " ".join(f for f in family.__dataclass_fields__),
+        reference=reference and any("ref" in f.name for f in dataclasses.fields(family)),
         extras=extras,
         whole_batch=whole_batch,
         exceptions=dict(exceptions),

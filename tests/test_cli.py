@@ -16,7 +16,9 @@ from prefzoo.losses import LOSSES
 from prefzoo.plugins import import_file, import_function
 from prefzoo.registry import UsageError
 
-MY_LOSS = '''\
+ROOT = Path(__file__).resolve().parent.parent
+
+MY_LOSS = """\
 import torch.nn.functional as F
 from prefzoo.losses import register_loss
 from prefzoo.records import LossOut, Pairs
@@ -25,7 +27,7 @@ from prefzoo.records import LossOut, Pairs
 def squared_hinge(batch: Pairs, *, beta: float = 0.1) -> LossOut:
     "The squared hinge of the difference of log-ratios."
     return LossOut(F.relu(1 - beta * (batch.chosen_ratio_B - batch.rejected_ratio_B)).square())
-'''
+"""
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def written(folder: Path) -> dict:
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]])
 def test_help_and_version_do_not_import_torch(words):
-    code = "import sys; from prefzoo.cli import main; code = main(sys.argv[1:]); sys.exit(code or 9 * ('torch' in sys.modules))"
+    code = "import sys; from prefzoo.cli import main; sys.exit(main(sys.argv[1:]) or 9 * ('torch' in sys.modules))"
     result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
@@ -168,7 +170,8 @@ def test_train_writes_a_model_and_says_where(command, pairs, tmp_path):
     assert (out / "final" / "model.safetensors").exists() and f"{out}/final" in said and "rewards/margins" in said
     record = written(out)
     assert record["options"] == {"beta": 0.2}
-    assert record["given"] | {"learning_rate": 1e-3, "max_grad_norm": None, "seed": 3, "max_steps": 2} == record["given"]
+    given = {"learning_rate": 1e-3, "max_grad_norm": None, "seed": 3, "max_steps": 2}
+    assert record["given"] | given == record["given"]
 
 
 def test_command_line_wins_over_the_file(command, pairs, tmp_path):
@@ -310,6 +313,19 @@ def test_report(command, monkeypatch, tmp_path):
     assert command("report", tmp_path) == (0, f"tables of {tmp_path}\n", "")
 
 
+# ---- the pages name what there is
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/algorithms.md"])
+def test_the_tables_of_algorithms_are_complete(page):
+    table = [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    for name in ALGORITHMS.names():
+        line = next((line for line in table if line.startswith(f"| `{name}`")), "")
+        assert line, f"{name} is missing"
+        paper = ALGORITHMS.entry(name).paper
+        assert page != "README.md" or paper is None or paper.removeprefix("arXiv:") in line
+
+
 # ---- users' files
 
 
@@ -317,7 +333,8 @@ def test_a_file_is_imported_once_however_it_is_written(tmp_path, monkeypatch, re
     (tmp_path / "mine.py").write_text("things = []\n")
     monkeypatch.chdir(tmp_path)
     first = import_file("mine.py")
-    assert import_file(tmp_path / "mine.py") is first and import_file(tmp_path / ".." / tmp_path.name / "mine.py") is first
+    assert import_file(tmp_path / "mine.py") is first
+    assert import_file(tmp_path / ".." / tmp_path.name / "mine.py") is first
 
 
 def test_two_files_of_one_name_do_not_meet(tmp_path, restored):

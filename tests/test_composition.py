@@ -54,7 +54,7 @@ MISFITS: dict[str, tuple[Callable[[], Any], str, str]] = {
         compose(source=DatasetRows("pairs"), loss=create_loss("clipped_surrogate")), "advantages", "Rollouts()",
     ),
     "pairwise on unpaired rows": (
-        compose(source=DatasetRows("unpaired"), loss=create_loss("dpo")), "takes pairs", "choose parts that give 'pairs'",
+        compose(source=DatasetRows("unpaired"), loss=create_loss("dpo")), "takes pairs", "parts that give 'pairs'",
     ),
     "KTO without baseline": (
         compose(source=DatasetRows("unpaired"), loss=create_loss("kto")), "needs a baseline", "RotatedBaseline()",
@@ -74,10 +74,12 @@ MISFITS: dict[str, tuple[Callable[[], Any], str, str]] = {
         "compares samples of one prompt", "at least 2, got 1",
     ),
     "reward for rows of a data set": (
-        compose(source=DatasetRows("pairs"), feedback=Reward(), loss=create_loss("dpo")), "carry their labels", "Rollouts()",
+        compose(source=DatasetRows("pairs"), feedback=Reward(), loss=create_loss("dpo")), "carry their labels",
+        "Rollouts()",
     ),
     "filter for rows of a data set": (
-        compose(source=DatasetRows("pairs"), keep=Finished(), loss=create_loss("dpo")), "carry their labels", "Rollouts()",
+        compose(source=DatasetRows("pairs"), keep=Finished(), loss=create_loss("dpo")), "carry their labels",
+        "Rollouts()",
     ),
     "credit for rows of a data set": (
         compose(source=DatasetRows("completions"), credit=BestOfK(), loss=create_loss("sft")), "carry their labels",
@@ -93,7 +95,7 @@ MISFITS: dict[str, tuple[Callable[[], Any], str, str]] = {
         critic(AdaptiveKL(0.1), controllers={"kl": AdaptiveKL(0.1)}), "nobody updates", "controllers={'kl'",
     ),
     "controller without reference": (
-        compose(**SAMPLED, credit=GroupRelative(), loss=create_loss("clipped_surrogate"), controllers={"kl": FixedKL()}),
+        compose(**SAMPLED, credit=LeaveOneOut(), loss=create_loss("clipped_surrogate"), controllers={"kl": FixedKL()}),
         "no part of this stage has one", "reference",
     ),
     "both kinds of minibatches": (lambda: Schedule(minibatches=2, minibatch_rows=8), "not both", "minibatch_rows"),
@@ -127,7 +129,7 @@ def test_every_algorithm_constructs_and_describes_itself(name: str) -> None:
         assert f"{key}={value!r}" in text
     assert {"policy", "reference", "reward", "critic"} >= algorithm.needs
     assert set(algorithm.recommended) <= set(TrainConfig.model_fields)
-    assert algorithm.sources[name] and all(f"loss:{t.loss.name}" in algorithm.sources for t in algorithm.stages[0].terms)
+    assert algorithm.sources.keys() == {name} | {f"loss:{t.loss.name}" for t in algorithm.stages[0].terms}
 
 
 @pytest.mark.parametrize("name", [n for n in LOSSES.names() if n != "clipped_value"])
@@ -143,7 +145,8 @@ def test_a_critics_loss_alone_is_no_algorithm() -> None:
 
 
 def test_stages_hold_what_was_given() -> None:
-    stage = Stage(**SAMPLED, credit=GroupRelative(), keep=MaskTruncated(), terms=(Term(create_loss("clipped_surrogate")),))
+    terms = (Term(create_loss("clipped_surrogate")),)
+    stage = Stage(**SAMPLED, credit=GroupRelative(), keep=MaskTruncated(), terms=terms)
     algorithm = Algorithm(stages=(stage,))
     assert algorithm.stages == (stage,) and algorithm.needs == {"policy", "reward"} and algorithm.data == "prompts"
     assert stage.on_policy and not stage.uses_critic and stage.trains == ("policy",)
@@ -164,7 +167,7 @@ WRONG_WORDS: dict[str, tuple[Callable[[], Any], str]] = {
     "option of an algorithm": (lambda: create_algorithm("dpo", betta=0.1), "did you mean 'beta'?"),
     "option of a loss": (lambda: create_loss("clipped_surrogate", clipp=0.1), "did you mean 'clip'?"),
     "loss": (lambda: create_loss("bradly_terry"), "did you mean 'bradley_terry'?"),
-    "estimator of the KL": (lambda: create_loss("kl_penalty", estimator="k9")(_gradient_record()), "no KL estimator 'k9'"),
+    "estimator of the KL": (lambda: prefzoo.losses.kl.kl_estimator("k9"), "no KL estimator 'k9'"),
     "training option": (lambda: TrainConfig.of({"learning_rat": 1.0}), "did you mean 'learning_rate'?"),
     "value of a training option": (lambda: TrainConfig.of({"optimizer": "adam"}), "training option 'optimizer'"),
     "negative learning rate": (lambda: TrainConfig.of({"learning_rate": -1.0}), "training option 'learning_rate'"),
@@ -178,15 +181,6 @@ WRONG_WORDS: dict[str, tuple[Callable[[], Any], str]] = {
 
 def fit(name: str, **options: Any) -> Any:
     return prefzoo.train(name, model="tiny", dataset=PAIRS, quiet=True, **options)
-
-
-def _gradient_record() -> Any:
-    import torch
-
-    from prefzoo.records import PolicyGradient
-
-    row = torch.zeros(1, 1)
-    return PolicyGradient(logps_BT=row, mask_BT=row == 0, old_logps_BT=row, advantages_BT=row, ref_logps_BT=row)
 
 
 @pytest.mark.parametrize("name", WRONG_WORDS)
@@ -231,25 +225,25 @@ def test_a_reward_model_does_not_verify() -> None:
     from prefzoo.models.load import new_scorer
 
     run = fit("sft", max_steps=1)
-    with pytest.raises(UsageError, match="needs a verifier.*use 'grpo'"):
+    with pytest.raises(UsageError, match=r"needs a verifier.*use 'grpo'"):
         prefzoo.train("rlvr", model=run.model, tokenizer=run.tokenizer, dataset=PAIRS, reward=new_scorer(run.policy))
 
 
 def test_train_without_data_or_tokenizer_says_so() -> None:
-    with pytest.raises(UsageError, match="give dataset=.*of type pairs"):
+    with pytest.raises(UsageError, match=r"give dataset=.*of type pairs"):
         prefzoo.train("dpo", model="tiny")
     run = fit("sft", max_steps=1)
     run.model.config._name_or_path = ""
-    with pytest.raises(UsageError, match="give tokenizer="):
+    with pytest.raises(UsageError, match=r"give tokenizer="):
         prefzoo.train("dpo", model=run.model, dataset=PAIRS)
 
 
 def test_settings_come_in_layers() -> None:
     """The recommended value is over the default, the user's over both, and a keyword over the file."""
-    first = {"max_steps": 1, "logging_steps": 1}
-    rates = [fit("sft", **o, warmup_steps=0, schedule="constant").history[0]["learning_rate"] for o in (
-        first, {**first, "config": {"learning_rate": 0.5}}, {**first, "config": {"learning_rate": 0.5}, "learning_rate": 0.25},
-    )]  # fmt: skip
+    plain = {"max_steps": 1, "logging_steps": 1, "warmup_steps": 0, "schedule": "constant"}
+    file = {**plain, "learning_rate": 0.5}
+    layers: list[dict[str, Any]] = [plain, {"config": file}, {"config": file, "learning_rate": 0.25}]
+    rates = [fit("sft", **{**plain, **layer}).history[0]["learning_rate"] for layer in layers]
     assert rates == [create_algorithm("sft").recommended["learning_rate"], 0.5, 0.25] and rates[0] == 2e-5
 
 
@@ -285,11 +279,11 @@ def test_a_name_is_taken_once() -> None:
 
     shapes.register(square, aliases=("quad",))
     shapes.register(square, aliases=("quad",))  # the same definition again is no conflict
-    with pytest.raises(UsageError, match="'square' is already registered by .*choose another name"):
+    with pytest.raises(UsageError, match=r"'square' is already registered by .*choose another name"):
         shapes.register(namesake("square"))
-    with pytest.raises(UsageError, match="'quad' is already registered"):
+    with pytest.raises(UsageError, match=r"'quad' is already registered"):
         shapes.register(namesake("quad"))  # a name may not hide an alias
-    with pytest.raises(UsageError, match="'quad' is already registered"):
+    with pytest.raises(UsageError, match=r"'quad' is already registered"):
         shapes.register(namesake("circle"), aliases=("quad",))
     assert shapes.names() == ["square"] and shapes.names("z*") == [] and "quad" in shapes and "circle" not in shapes
     assert shapes.entry("quad").options == {"side": 1.0} and shapes.entry("square").line == "A square's area."
@@ -314,7 +308,7 @@ def test_a_users_loss_is_an_algorithm_at_once(clean: None) -> None:
     assert "users_hinge" in list_algorithms("users*") and create_algorithm("slack", delta=2.0).name == "users_hinge"
     run = fit("users_hinge", delta=3.0, max_steps=1, logging_steps=1)
     assert run.history[0]["loss"] == pytest.approx(3.0, abs=1e-4), "policy and reference are one at the start"
-    with pytest.raises(UsageError, match="already registered"):
+    with pytest.raises(UsageError, match=r"already registered"):
         register_loss(same_name := _second_hinge())
     assert same_name.__name__ == "users_hinge"
 
@@ -346,7 +340,7 @@ def test_losses_that_break_the_signature_are_refused(bad: str, clean: None) -> N
     def undefined(batch: Pairs, *, beta: float) -> LossOut: ...
 
     function = {"no arguments": nothing, "no record": untyped, "positional": positional, "no default": undefined}[bad]
-    with pytest.raises(UsageError, match="must be a record|annotate its first argument|keyword-only with a default"):
+    with pytest.raises(UsageError, match=r"must be a record|annotate its first argument|keyword-only with a default"):
         register_loss(function)
 
 
@@ -363,7 +357,9 @@ def test_two_algorithms_share_no_controller() -> None:
     assert twin.stages[0].credit.kl is twin.stages[0].controllers["kl"], "still one object in the copy"
 
 
-@pytest.mark.parametrize("controller", [FixedKL(0.3), AdaptiveKL(0.3, target=2.0, horizon=50)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "controller", [FixedKL(0.3), AdaptiveKL(0.3, target=2.0, horizon=50)], ids=["fixed", "adaptive"]
+)
 def test_controllers_can_be_stored(controller: Any) -> None:
     controller.update(kl=5.0, n=10)
     fresh = type(controller)()

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)
     cut: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)  # fault -> one example in words
+    masked: str | None = None  # the first row, with what the loss sees in brackets
 
     def drop(self, reason: str, example: str) -> None:
         self.dropped[reason] += 1
@@ -52,7 +54,7 @@ class Report:
         out = [f"data {self.source}: {self.rows} rows, type {self.type}"]
         out += [f"  dropped {n} ({reason}); for example {self.examples[reason]}" for reason, n in self.dropped.items()]
         out += [f"  {n} {what}" for what, n in self.cut.items()]
-        return out
+        return out + ([f"  loss on what stands in [[ ]]: {self.masked}"] if self.masked else [])
 
 
 @dataclass
@@ -91,6 +93,8 @@ def load_dataset(source: Any, *, strict: bool = False) -> Dataset:
         if fault is None:
             kept.append(_split_prompt(row) if kind == "preference" and row.get("prompt") is None else dict(row))
             fault = _fault_after_split(kept[-1], kind)
+            if fault is None and isinstance(kept[-1]["prompt"], str) != isinstance(kept[0]["prompt"], str):
+                fault = "text where other rows have messages, or messages where they have text"
             if fault:
                 kept.pop()
         if fault and strict:
@@ -127,8 +131,9 @@ def _read(source: Any) -> tuple[str, list[Row]]:
 
 def _read_file(path: Path) -> list[Row]:
     try:
-        text = (gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")).read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")  # Excel writes a mark
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UsageError(f"data {str(path)!r} cannot be read: {error}.") from error
     if text.lstrip()[:1] == "[":
         try:
@@ -181,6 +186,8 @@ def _fault(row: Row, kind: DataType) -> str | None:
         value = row.get(side)
         if side in row and not (value is None and side not in COLUMNS[kind]) and not _is_text(value):
             return f"{side} is {type(value).__name__}, not text or a list of messages"
+    if len({isinstance(row[side], str) for side in SIDES if row.get(side) is not None}) > 1:
+        return "text and messages in one row"
     if kind == "unpaired" and not isinstance(row["label"], bool) and row["label"] not in (0, 1):
         return f"label is {row['label']!r}, not true or false"
     return None
@@ -233,7 +240,8 @@ def split_text(chosen: str, rejected: str) -> int:
     turn = chosen.rfind(ASSISTANT, 0, shared)
     if turn >= 0:
         return turn + len(ASSISTANT)
-    boundaries = [m.start() for m in re.finditer(r"\s+", chosen[: shared + 1])]
+    both_go_on = chosen[shared : shared + 1].isspace() and rejected[shared : shared + 1].isspace()
+    boundaries = [m.start() for m in re.finditer(r"\s+", chosen[: shared + both_go_on])]
     return boundaries[-1] if boundaries else 0
 
 

@@ -108,7 +108,6 @@ class Samples:
         """These rows, in this order. Rows that share a prompt go on sharing it."""
         rows = np.asarray(rows, dtype=np.int64)
         if self.kind == "prompts":
-            prompts, completions, prompt_B = rows, self.completions, self.prompt_B
             return replace(self, prompts=self.prompts.take(rows), extra=_take_lists(self.extra, rows))
         completions = (rows[:, None] * self.per_row + np.arange(self.per_row)).reshape(-1)
         prompts, prompt_B = np.unique(self.prompt_B[completions], return_inverse=True)

@@ -105,14 +105,27 @@ def tokenise(
         completion_ids = Ragged.load(folder, "completions")
     else:
         if kind == "prompts":
-            alone, sides = encode_prompts(tokenizer, prompts), [[] for _ in prompts]
+            alone, sides = encode_prompts(tokenizer, prompts), list[list[list[int]]]()
         else:
             names = ("chosen", "rejected") if kind == "pairs" else ("completion",)
             alone, sides = encode_sides(tokenizer, prompts, [[r[n] for r in data.rows] for n in names])
         prompt_ids, completion_ids = Ragged.of(alone), Ragged.of([c for row in sides for c in row])
         if folder is not None:
             _store(folder, prompt_ids, completion_ids)
-    return _samples(data, kind, prompt_ids, completion_ids, max_length, report)
+    samples, report = _samples(data, kind, prompt_ids, completion_ids, max_length, report)
+    if kind != "prompts":
+        prompt, first = samples.prompts[0], [samples.completions[i] for i in range(samples.per_row)]
+        shown = " | ".join(f"[[{_short(tokenizer.decode(side))}]]" for side in first)
+        report.masked = f"{_short(tokenizer.decode(prompt), end=True)} {shown}"
+    return samples, report
+
+
+def _short(text: str, end: bool = False) -> str:
+    """A line of at most 80 characters, the middle left out; ``end``: the end alone, where the mask begins."""
+    line = " ".join(text.split())
+    if len(line) <= 80:
+        return line
+    return f"... {line[-60:]}" if end else f"{line[:40]} ... {line[-36:]}"
 
 
 def _samples(
@@ -133,7 +146,7 @@ def _samples(
     over = completions.lengths[which] > room
     if over.any():
         report.cut[f"completions cut at {max_length} tokens (prompt + completion)"] = int(over.sum())
-        completions = Ragged.of([completions[int(i)][:r] for i, r in zip(which, room, strict=True)])
+        completions = Ragged.of(completions[int(i)][:r] for i, r in zip(which, room, strict=True))
     elif len(rows) < len(lengths):
         completions = completions.take(which)
     prompts = prompts if len(rows) == len(lengths) else prompts.take(rows)
@@ -163,7 +176,7 @@ def _distinct(prompts: Ragged) -> tuple[np.ndarray, np.ndarray]:
     """First row of each distinct prompt, and for every row the number of its prompt."""
     seen: dict[bytes, int] = {}
     inverse = np.empty(len(prompts), dtype=np.int64)
-    first = []
+    first: list[int] = []
     for row in range(len(prompts)):
         key = prompts[row].tobytes()
         if key not in seen:
@@ -193,6 +206,8 @@ def _store(folder: Path, prompts: Ragged, completions: Ragged) -> None:
     prompts.save(aside, "prompts")
     completions.save(aside, "completions")
     (aside / "complete").touch()
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # without its mark it is nobody's
     try:
         os.replace(aside, folder)
     except OSError:  # another process was first

@@ -68,6 +68,7 @@ class FunctionReward:
 
     def _checked(self, result: Any, count: int) -> list[float]:
         if inspect.isawaitable(result):
+            getattr(result, "close", lambda: None)()  # or Python warns that it was never awaited
             raise UsageError(
                 f"reward function {self.name!r} is asynchronous; wrap it: def f(**k): return asyncio.run(...)."
             )
@@ -133,7 +134,7 @@ class SumReward:
 
 
 def resolve_reward(reward: Any, tokenizer: PreTrainedTokenizerBase) -> RewardSource:
-    """A source from what the user gave: a function, the name of a verifier, a reward-model folder, or a list of them."""
+    """A source from what the user gave: a function, a verifier's name, a reward-model folder, or a list of them."""
     if isinstance(reward, list | tuple):
         return SumReward([resolve_reward(r, tokenizer) for r in reward])
     if isinstance(reward, Scorer):

@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-
 from transformers.utils import logging as hf_logging
 
 from prefzoo.models.roles import Policy, Pooling, Scorer
@@ -45,7 +44,8 @@ def _no_bars() -> Iterator[None]:
 
 REWARD_FILE = "prefzoo_reward"  # .json and .safetensors of a reward head that no library class can hold
 
-SIZES: dict[str, dict[str, int]] = {
+Size = Literal["tiny", "small"]
+SIZES: dict[Size, dict[str, int]] = {
     # hidden size, layers, heads, MLP width; parameters without embeddings
     "tiny": dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256),  # 0.33 M
     "small": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=352),  # 0.8 M
@@ -53,7 +53,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def tiny_model(
-    tokenizer: PreTrainedTokenizerBase, *, size: Literal["tiny", "small"] = "tiny", seed: int = 0, positions: int = 1024
+    tokenizer: PreTrainedTokenizerBase, *, size: Size = "tiny", seed: int = 0, positions: int = 1024
 ) -> PreTrainedModel:
     """A small decoder with random weights for a given tokenizer: Llama blocks, tied embeddings scaled by sqrt(d).
 
@@ -217,8 +217,9 @@ def check_packing(policy: Policy, tolerance: float = 2e-3) -> float:
     difference = max(float((found - single).abs().max()) for found in (packed, chunked))
     if not difference <= tolerance * (1 if model.dtype == torch.float32 else 50):
         raise UsageError(
-            f"models of type {model.config.model_type!r} give other log-probabilities on packed batches than one by one "
-            f"(largest difference {difference:.3g}): their attention is not plain causal attention, or their head does more than prefzoo knows of."
+            f"models of type {model.config.model_type!r} give other log-probabilities on packed batches than one by "
+            f"one (largest difference {difference:.3g}): their attention is not plain causal attention, or their head "
+            "does more than prefzoo knows of."
         )
     return difference
 

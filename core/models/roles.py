@@ -60,8 +60,10 @@ class Policy(nn.Module):
         """What the library does between hidden states and logits; check_packing compares it with the library's."""
         config = self.model.config.get_text_config()
         logits = self.model.get_output_embeddings()(hidden)
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
+        scale, divisor, cap = (
+            getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        )
+        logits = logits * (scale or 1.0) / (divisor or 1.0)
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
         return _score_logits(logits, target, temperature, entropy)
 

@@ -231,7 +231,7 @@ def micro_batches(samples: Samples, token_budget: int) -> list[np.ndarray]:
     order = np.argsort(prompt_of_row, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(prompt_of_row[order])) + 1):
         above = int(prompt_tokens[prompt_of_row[rows[0]]])
-        size, piece = above, []
+        size, piece = above, list[int]()
         for row in rows.tolist():
             if piece and size + row_tokens[row] > token_budget:
                 pieces.append((size, piece))
@@ -242,13 +242,13 @@ def micro_batches(samples: Samples, token_budget: int) -> list[np.ndarray]:
     pieces.sort(key=lambda p: (-p[0], p[1][0]))
     bins: list[list[int]] = []
     room: list[int] = []
-    for size, rows in pieces:
+    for size, members in pieces:
         fits = next((i for i, left in enumerate(room) if left >= size), None)
         if fits is None:
             bins.append([])
             room.append(token_budget)
             fits = len(bins) - 1
-        bins[fits] += rows
+        bins[fits] += members
         room[fits] -= size
     return [np.sort(np.asarray(b)) for b in bins]
 

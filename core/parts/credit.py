@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class GAE:
 
     lam: float = 0.95
     gamma: float = 1.0
-    kl: FixedKL | AdaptiveKL = FixedKL(0.05)
+    kl: FixedKL | AdaptiveKL = field(default_factory=FixedKL)
     estimator: EstimatorName = "k1"
     whiten: bool = True
 

@@ -174,7 +174,8 @@ class LoopEngine:
         ).logits[0]  # fmt: skip
         columns = np.arange(width)[None] - (width - lengths)[:, None]  # position within the prompt; negative: padding
         index = torch.from_numpy(np.where(columns >= 0, prompts.offsets[:-1, None] + columns, 0)).to(device)
-        keys, values = {}, {}
+        keys: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
         for layer, (key, value) in capture.layers.items():
             for slab, x in ((keys, key), (values, value)):
                 filled = x[index].transpose(1, 2).repeat_interleave(n, 0)  # (R, H, L, D)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,9 @@ from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.roles import Scores as ModelScores
 from prefzoo.models.tree import TreeBatch, micro_batches
 from prefzoo.parts.credit import sequence_kl
+from prefzoo.parts.feedback import Reward
 from prefzoo.parts.roles import CRITIC, POLICY, REFERENCE, REWARD
+from prefzoo.parts.source import Rollouts
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Finish, LoopEngine
 from prefzoo.seeds import derive_seed, generator
@@ -92,7 +94,7 @@ class Engine:
         self.log = log
         self.spent = Spent()
         self.device = next(policy.parameters()).device
-        self.temperature = stage.source.temperature if stage.on_policy else 1.0
+        self.temperature = stage.source.temperature if isinstance(stage.source, Rollouts) else 1.0
         modules: dict[str, nn.Module | None] = {POLICY: policy, REWARD: scorer, CRITIC: critic}
         self.trained = {role: self._trained(role, modules[role]) for role in stage.trains}
         self.rollouts = LoopEngine(policy, tokenizer.eos_token_id) if stage.on_policy else None
@@ -214,17 +216,17 @@ class Engine:
     def _collect(self, step: int, total: int) -> Samples:
         """Sample, score, keep, credit: what this rollout step trains on."""
         source, stage = self.stage.source, self.stage
-        assert self.rollouts is not None and stage.on_policy
+        assert self.rollouts is not None and isinstance(source, Rollouts) and isinstance(stage.feedback, Reward)
         prompts, keys = self._prompts(step)
         seed = derive_seed(self.config.seed, "rollout", step)
         with self._autocast():  # the learner's precision, or the ratio does not start at 1
-            samples = self.rollouts.generate(prompts, source.group_size, source.sampling, seed, keys)  # type: ignore[union-attr]
+            samples = self.rollouts.generate(prompts, source.group_size, source.sampling, seed, keys)
         self.spent.prompts += len(prompts)
         self.spent.generated_tokens += len(samples.completions.flat)
-        if source.top_p < 1:  # type: ignore[union-attr]
+        if source.top_p < 1:
             # The sampler's distribution is not the policy's; the ratio must start at 1.
             samples = samples.with_tokens(old_logps=self.policy_logps(samples))
-        scores_B = stage.feedback(samples, self)  # type: ignore[operator]
+        scores_B = stage.feedback(samples, self)
         if REFERENCE in stage.needs:
             samples = samples.with_tokens(ref_logps=self.reference_logps(samples))
             kl_B = sequence_kl(samples)
@@ -247,7 +249,8 @@ class Engine:
     def _prompts(self, step: int) -> tuple[Samples, np.ndarray]:
         """The prompts of a rollout step, epoch after epoch, and keys that name (epoch, row) to the sampler."""
         rows, count = len(self.data), self.stage.schedule.prompts
-        chosen, keys = [], []
+        chosen: list[int] = []
+        keys: list[int] = []
         place = step * count
         while len(chosen) < count:
             epoch, offset = divmod(place + len(chosen), rows)
@@ -267,13 +270,13 @@ class Engine:
         groups = scores_B.view(len(samples.prompts), -1)
         if groups.shape[1] > 1:
             add("reward_std", groups.std(1).nan_to_num())
-            # By the extremes, not by the standard deviation, which rounding may leave above 0; the missing do not count.
+            # By the extremes: rounding may leave a standard deviation above 0. The missing do not count.
             highest, lowest = groups.nan_to_num(-math.inf).amax(1), groups.nan_to_num(math.inf).amin(1)
             add("frac_reward_zero_std", (highest <= lowest).float())
 
     def _shown(self, samples: Samples, scores_B: Tensor) -> list[dict[str, Any]]:
         count = min(self.config.log_completions, len(samples.completions))
-        rows = np.linspace(0, len(samples.completions) - 1, count).astype(int) if count else []
+        rows = np.linspace(0, max(len(samples.completions) - 1, 0), count).astype(int)
         return [
             {
                 "prompt": self.tokenizer.decode(samples.prompts[samples.prompt_B[b]]),
@@ -299,7 +302,7 @@ class Engine:
 
         for role in self.trained.values():
             role.optimizer.zero_grad(set_to_none=True)
-        losses: Counter[str] = Counter()
+        losses: dict[str, float] = defaultdict(float)
         for name, rows in batches.items():
             for micro in plans[name]:
                 part = rows.take(micro) if len(plans[name]) > 1 else rows
@@ -310,7 +313,12 @@ class Engine:
         self._step(progress, number, losses)
 
     def _backward(
-        self, name: str, part: Samples, sizes: Mapping[int, float], shared: Mapping[str, Tensor], losses: Counter[str]
+        self,
+        name: str,
+        part: Samples,
+        sizes: Mapping[int, float],
+        shared: Mapping[str, Tensor],
+        losses: dict[str, float],
     ) -> None:
         tree = TreeBatch.of(part, self.device)
         mask_BT = None if part.kind == "pairs" else loss_mask(part, tree.mask_BT)  # a pair's loss is one value
@@ -352,7 +360,8 @@ class Engine:
             if term.loss.entry.tags["whole_batch"] and pieces > 1:
                 raise UsageError(
                     f"loss {term.loss.name!r} couples the rows of a batch, but tokens_per_batch="
-                    f"{self.config.tokens_per_batch} cuts it into {pieces}; raise tokens_per_batch or lower rows_per_step."
+                    f"{self.config.tokens_per_batch} cuts it into {pieces}; raise tokens_per_batch, or lower "
+                    "rows_per_step."
                 )
 
     def _step(self, progress: float, number: int, losses: Mapping[str, float]) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefzoo.algorithm import Algorithm, Stage, algorithm_entry, create_algorithm
@@ -20,7 +21,16 @@ from prefzoo.data.tokens import tokenise, tokenizer_hash
 from prefzoo.feedback import RewardSource, resolve_reward
 from prefzoo.feedback.rewards import ModelReward
 from prefzoo.models.load import (
-    clone, learn_tokenizer, load_policy, load_scorer, load_tokenizer, new_scorer, save_policy, save_scorer, tiny_model,
+    Size,
+    clone,
+    learn_tokenizer,
+    load_policy,
+    load_scorer,
+    load_tokenizer,
+    new_scorer,
+    save_policy,
+    save_scorer,
+    tiny_model,
 )  # fmt: skip
 from prefzoo.models.reference import cached_logps
 from prefzoo.models.roles import Policy, Scorer
@@ -92,14 +102,15 @@ def train(
     folder = _output_folder(output_dir)
     data = load_dataset(dataset, strict=settings.strict)
     policy, words = _start(model, tokenizer, data, settings)
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(settings)
     policy.to(device)
     if settings.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     source = _reward(chosen, reward, words, device, quiet)
     anchor = load_policy(reference).to(device).requires_grad_(False) if reference is not None else None
 
-    spent, history, scorer = Spent(), [], None
+    spent, scorer = Spent(), None
+    history: list[dict[str, Any]] = []
     for stage in chosen.stages:
         with RunLog(folder, chosen.name, 0, quiet=quiet) as log:
             engine, scorer = _engine(stage, settings, policy, words, data, ptx_dataset, source, anchor, device, log)
@@ -151,13 +162,23 @@ def _output_folder(output_dir: str | Path | None) -> Path | None:
     return folder
 
 
+def _device(settings: TrainConfig) -> torch.device:
+    state = PartialState(cpu=settings.device == "cpu" or not torch.cuda.is_available())
+    if state.num_processes > 1:
+        raise UsageError(
+            f"this run was launched as {state.num_processes} processes; training on several is not supported yet. "
+            "Start it without a launcher: one process uses one device."
+        )
+    return torch.device(settings.device) if settings.device else state.device
+
+
 def _start(
     model: Any, tokenizer: PreTrainedTokenizerBase | None, data: Dataset, settings: TrainConfig
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
     """The start policy (a copy, where the caller holds the model) and its tokenizer."""
     if isinstance(model, str) and model in ("tiny", "small"):
         words = tokenizer or learn_tokenizer(_texts(data))
-        return Policy(tiny_model(words, size=model, seed=settings.seed)), words
+        return Policy(tiny_model(words, size=cast(Size, model), seed=settings.seed)), words
     if isinstance(model, Policy):
         model = model.model
     if tokenizer is None:
@@ -182,9 +203,9 @@ def _reward(
         return None
     if reward is None:
         raise UsageError(
-            f"algorithm {algorithm.name!r} needs a reward: give reward= a function f(prompts, completions, **columns) -> "
-            "list of float, a verifier ('exact', 'numeric'), or the folder of a reward model "
-            "(prefzoo train reward_model ... makes one)."
+            f"algorithm {algorithm.name!r} needs a reward: give reward= a function "
+            "f(prompts, completions, **columns) -> list of float, a verifier ('exact', 'numeric'), or the "
+            "folder of a reward model (prefzoo train reward_model ... makes one)."
         )
     if isinstance(reward, str | Path) and Path(reward).is_dir():
         theirs = load_tokenizer(reward)
@@ -208,7 +229,7 @@ def _engine(
     ptx_dataset: Any, reward: RewardSource | None, anchor: Policy | None, device: torch.device, log: RunLog,
 ) -> tuple[Engine, Scorer | None]:  # fmt: skip
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or settings.max_length
-    options = {
+    options: dict[str, Any] = {
         "max_length": min(settings.max_length, positions),
         "cache": settings.cache_dir,
         "strict": settings.strict,

@@ -1,0 +1,849 @@
+"""The harness: what is run again and what is not, and that every printed number follows from the stored rows.
+
+The arithmetic of the errors is proved in test_statistics.py; here it is recomputed from rows with plain numpy, to see
+that the right rows reach it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import importlib
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy import stats
+
+import prefzoo
+import prefzoo.worlds
+from prefzoo import benchmarks
+from prefzoo.algorithm import ALGORITHMS
+from prefzoo.benchmarks import jobs, tasks
+from prefzoo.benchmarks.compare import pairwise
+from prefzoo.benchmarks.jobs import Job, Outcome, keys_of, run_jobs
+from prefzoo.benchmarks.results import Answers
+from prefzoo.benchmarks.runner import plan
+from prefzoo.benchmarks.suites import SFT_MORE, START, SUITES, Method, Suite, Task, requests_task, sums_task
+from prefzoo.losses import LOSSES
+from prefzoo.registry import UsageError
+
+
+class Threads(concurrent.futures.ThreadPoolExecutor):
+    """Threads of this process instead of new ones, which need seconds to import torch."""
+
+    def __init__(self, workers: int, *_: Any) -> None:
+        super().__init__(workers)
+
+
+@pytest.fixture
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Threads)
+
+
+# ---------------------------------------------------------------------------------------------------------- jobs
+
+JOBS = '''
+import json, os, signal
+from pathlib import Path
+from prefzoo.registry import UsageError
+
+def add(params, inputs, folder):
+    """Its own number plus those of its inputs; every call leaves a line in the log."""
+    with open(params["log"], "a") as log:
+        log.write(folder.name.split("-")[0].lstrip(".") + "\\n")
+    (folder / "kept.txt").write_text("kept")
+    before = [json.loads((f / "facts.json").read_text())["sum"] for f in inputs.values()]
+    return {"sum": params["number"] + sum(before)}
+
+def moody(params, inputs, folder):
+    if not Path(params["cure"]).exists():
+        raise {"words": UsageError("the pan is too hot"), "bug": KeyError("pan"), "mute": RuntimeError()}[params["mood"]]
+    return {"sum": 1}
+
+def die(params, inputs, folder):
+    (folder / "half.txt").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+@pytest.fixture
+def kitchen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Job functions in a module of this test alone, and where they leave their traces."""
+    module = f"kitchen_{re.sub(r'[^a-z0-9]', '_', tmp_path.name.lower())}"
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / f"{module}.py").write_text(JOBS)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    importlib.invalidate_caches()
+    log, cure, out = tmp_path / "log.txt", tmp_path / "cure", tmp_path / "out"
+
+    def job(name: str, number: int = 1, needs: Sequence[str] = (), weight: float = 1.0, **more: Any) -> Job:
+        params = {"number": number, "log": str(log)}
+        return Job(name, f"{module}:add", params, {n: n for n in needs}, weight, **more)
+
+    def moody(name: str, mood: str) -> Job:
+        return Job(name, f"{module}:moody", {"mood": mood, "cure": str(cure)})
+
+    def ran() -> list[str]:
+        lines = log.read_text().split() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return lines
+
+    def cells() -> list[str]:
+        return sorted(f.name for f in (out / "cells").iterdir())
+
+    return SimpleNamespace(job=job, moody=moody, ran=ran, cure=cure, out=out, cells=cells, module=module)
+
+
+def test_jobs_run_after_what_they_need_the_longest_first_and_only_once(
+    kitchen: SimpleNamespace, in_threads: None
+) -> None:
+    job = kitchen.job
+    diamond = [
+        job("a", 1, weight=1), job("b", 2, weight=5), job("c", 4, ["a"], weight=9), job("d", 8, ["b", "c"], weight=2),
+        job("e", 16, weight=3),
+    ]  # fmt: skip
+    seen: list[tuple[str, int, int]] = []
+
+    def report(outcome: Outcome, done: int, total: int) -> None:
+        seen.append((outcome.name, done, total))
+
+    outcomes = run_jobs(diamond, kitchen.out, report=report)
+    assert kitchen.ran() == ["b", "e", "a", "c", "d"]
+    assert {n: o.facts["sum"] for n, o in outcomes.items()} == {"a": 1, "b": 2, "c": 5, "d": 15, "e": 16}
+    assert seen == [(n, i, 5) for i, n in enumerate("beacd", 1)]
+    assert not any(o.reused or o.error for o in outcomes.values())
+    assert all((o.folder / "kept.txt").exists() for o in outcomes.values())
+    assert all(o.facts["seconds"] >= 0 and o.facts["peak_memory"] > 2**20 for o in outcomes.values())
+
+    again = run_jobs(diamond, kitchen.out)
+    assert kitchen.ran() == [] and all(o.reused for o in again.values())
+    assert {n: o.facts for n, o in again.items()} == {n: dict(o.facts) for n, o in outcomes.items()}
+
+    changed = [dataclasses.replace(j, params={**j.params, "number": 5}) if j.name == "c" else j for j in diamond]
+    assert run_jobs(changed, kitchen.out)["d"].facts["sum"] == 16
+    assert kitchen.ran() == ["c", "d"]
+    run_jobs(diamond, kitchen.out)
+    assert kitchen.ran() == [], "the old results are still there"
+
+
+def test_a_key_covers_what_the_job_is_made_from_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(name: str, *needs: str, **facts: Any) -> Job:
+        return Job(**{"name": name, "call": "m:f", "params": {"x": 1}, "needs": {n: n for n in needs}, **facts})
+
+    def changed(new: Job) -> set[str]:
+        after = keys_of([new if j.name == new.name else j for j in line])
+        return {name for name in keys if keys[name] != after[name]}
+
+    line = [job("a"), job("b"), job("c", "a"), job("d", "c", "b")]
+    keys = keys_of(line)
+    assert keys["a"] == keys["b"], "jobs made from the same have one key; their folders are told apart by the name"
+    assert changed(job("a", params={"x": 2})) == {"a", "c", "d"}
+    assert changed(job("b", sources={"my_loss": "0123"})) == {"b", "d"}
+    assert changed(job("c")) == {"c", "d"}
+    assert changed(job("d", "c", "b", call="m:g")) == {"d"}
+    assert changed(job("d", "c", "b", needs={"other": "c", "b": "b"})) == {"d"}
+    assert changed(job("a", weight=9.0)) == set()
+    assert changed(job("a", params={"x": 1})) == set()
+
+    monkeypatch.setattr(jobs, "layer_hash", lambda: "another layer")
+    assert changed(job("a")) == set("abcd")
+
+
+def test_a_failed_job_fails_what_needs_it_and_nothing_else(kitchen: SimpleNamespace, in_threads: None) -> None:
+    line = [
+        kitchen.moody("words", "words"), kitchen.moody("bug", "bug"), kitchen.moody("mute", "mute"),
+        kitchen.job("after", 1, ["words"]), kitchen.job("last", 2, ["after"]), kitchen.job("other", 1),
+        kitchen.job("behind_mute", 1, ["mute"]),
+    ]  # fmt: skip
+    outcomes = run_jobs(line, kitchen.out)
+    assert outcomes["other"].facts and kitchen.ran() == ["other"]
+    assert outcomes["words"].error == "the pan is too hot"
+    assert outcomes["bug"].error.endswith("KeyError: 'pan'\n") and "Traceback" in outcomes["bug"].error
+    assert outcomes["mute"].error.strip(), "an error without words is still an error"
+    assert outcomes["after"].error == "it needs words, which failed"
+    assert outcomes["last"].error == "it needs after, which failed"
+    assert outcomes["behind_mute"].error == "it needs mute, which failed"
+    failed = next(f for f in (kitchen.out / "cells").iterdir() if f.name.startswith("words"))
+    assert failed.name.endswith(".failed") and "too hot" in (failed / "error.txt").read_text()
+
+    kitchen.cure.touch()
+    outcomes = run_jobs(line, kitchen.out)
+    assert not any(o.error for o in outcomes.values())
+    assert sorted(kitchen.ran()) == ["after", "behind_mute", "last"]
+    assert [n for n, o in outcomes.items() if o.reused] == ["other"]
+    assert not [c for c in kitchen.cells() if c.endswith(".failed")], "what was cured leaves no failure behind"
+
+
+def test_a_half_written_folder_is_no_result_and_is_cleaned(kitchen: SimpleNamespace, in_threads: None) -> None:
+    job = kitchen.job("a", 3)
+    whole = kitchen.out / "cells" / f"a-{keys_of([job])['a']}"
+    aside = whole.with_name(f".{whole.name}.999999")  # of a process that is gone
+    for folder in (whole, aside):
+        folder.mkdir(parents=True)
+        (folder / "half.txt").write_text("half")
+    outcome = run_jobs([job], kitchen.out)["a"]
+    assert outcome.facts["sum"] == 3 and not outcome.reused
+    assert kitchen.cells() == [whole.name]
+    assert sorted(f.name for f in whole.iterdir()) == ["facts.json", "kept.txt"]
+
+
+def test_a_killed_worker_gives_words_and_the_next_call_goes_on(kitchen: SimpleNamespace) -> None:
+    died = Job("died", f"{kitchen.module}:die", {}, {"first": "first"})
+    line = [kitchen.job("first", 1), died]
+    with pytest.raises(UsageError, match=r"died: .*killed, or out of memory.*run the same command again"):
+        run_jobs(line, kitchen.out)
+    assert kitchen.ran() == ["first"]
+    half = [c for c in kitchen.cells() if "died" in c]
+    assert len(half) == 1 and half[0].startswith("."), "what it left is not a result"
+
+
+# ------------------------------------------------------------------------------------- one small suite, end to end
+
+SMALL = {"demonstrations": 300, "start_steps": 30, "start_rows": 32, "prompts": 24, "validation_prompts": 8}
+FEW = {"prompts_per_step": 4, "group_size": 4}
+DPO = Method("dpo", "dpo", training={"max_steps": 2})
+GRPO = Method("grpo", "grpo", FEW, {"max_steps": 2}, curve=True)
+RLVR = Method("rlvr", "rlvr", FEW, {"max_steps": 1})
+
+
+def small_requests(*methods: Method) -> Task:
+    return requests_task((START, *methods, SFT_MORE), samples=4, reward_epochs=1, **SMALL)
+
+
+def small_suite(*tasks: Task, **settings: Any) -> Suite:
+    return Suite("small", tasks, **{"test_prompts": 16, "samples": 2, "budget": "two steps", **settings})
+
+
+BOTH_WORLDS = small_suite(small_requests(DPO, GRPO), sums_task((START, DPO, RLVR, SFT_MORE), **SMALL))
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A suite that has run."""
+
+    suite: Suite
+    folder: Path
+    results: dict[str, Any]
+
+    def rows(self, task: str) -> dict[str, np.ndarray]:
+        """Stored answers of one task by column, from ``rows.parquet`` alone."""
+        table = pq.read_table(self.folder / "rows.parquet")
+        table = table.filter(pa.compute.equal(table["task"], task))
+        return {name: np.asarray(table[name].to_pylist()) for name in table.column_names}
+
+    def copy(self, to: Path) -> Path:
+        return Path(shutil.copytree(self.folder, to / "copy"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    folder = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(concurrent.futures, "ProcessPoolExecutor", Threads)
+        results = benchmarks.run(BOTH_WORLDS, out=folder, workers=1, quiet=True)
+    yield Finished(BOTH_WORLDS, folder, results)
+
+
+def judged(rows: dict[str, np.ndarray], method: str, column: str) -> np.ndarray:
+    """(seeds, prompts, samples), each put in its place by its labels."""
+    mine = rows["method"] == method
+    seed, prompt, sample = (rows[k][mine].astype(int) for k in ("seed", "prompt", "sample"))
+    table = np.full((seed.max() + 1, prompt.max() + 1, sample.max() + 1), np.nan)
+    table[seed, prompt, sample] = rows[column][mine].astype(float)
+    assert not np.isnan(table).any()
+    return table
+
+
+def clusters_of(rows: dict[str, np.ndarray]) -> list[str]:
+    return [dict(zip(rows["prompt"], rows["prompt_text"], strict=True))[i] for i in sorted(set(rows["prompt"]))]
+
+
+def interval(y_N: np.ndarray, clusters: list[str]) -> tuple[float, float, float]:
+    """Mean and 95 % interval of one run, prompts with one text together."""
+    labels = sorted(set(clusters))
+    where = np.array([labels.index(c) for c in clusters])
+    sums = np.bincount(where, y_N - y_N.mean())
+    error = np.sqrt(len(labels) / (len(labels) - 1) * (sums**2).sum()) / len(y_N)
+    half = stats.t.ppf(0.975, len(labels) - 1) * error
+    return y_N.mean(), y_N.mean() - half, y_N.mean() + half
+
+
+def test_results_hold_everything_that_a_reader_needs(finished: Finished) -> None:
+    stored = json.loads((finished.folder / "results.json").read_text(), parse_constant=lambda c: pytest.fail(c))
+    assert stored == json.loads(json.dumps(finished.results))
+    assert {"suite", "budget", "seeds", "this_run_only", "test_prompts", "samples", "tasks", "environment"} <= set(stored)
+    assert stored["this_run_only"] is True and list(stored["tasks"]) == ["requests", "sums"]
+    assert stored["environment"]["prefzoo"] == prefzoo.__version__
+    for name, task in stored["tasks"].items():
+        assert task["failed"] == {} and task["reused"] == []
+        assert set(task["methods"]) == {"start", "sft_more", *(("dpo", "grpo") if name == "requests" else ("rlvr",))}
+        for method, facts in task["methods"].items():
+            assert {task["metric"], "kl", "tokens", "finished"} <= set(facts["means"])
+            assert facts["peak_memory"] > 2**20 and facts["seconds"] > 0 and len(facts["cells"]) == 1
+            if method != "start":
+                assert facts["spent"]["trained_tokens"] > 0
+    requests = stored["tasks"]["requests"]
+    assert "proxy" in requests["methods"]["dpo"]["means"]
+    assert 0 <= requests["shared"]["reward_model"]["accuracy_against_gold"] <= 1
+    assert requests["curves"]["grpo"]["steps"][0] == 0 and list(requests["curves"]) == ["grpo"]
+    assert stored["tasks"]["sums"]["not_applicable"] == {
+        "dpo": "this world has no preference labels, only a verifier"
+    }
+
+
+def test_every_win_rate_follows_from_the_stored_rows(finished: Finished) -> None:
+    decided = 0
+    for name, task in finished.results["tasks"].items():
+        rows = finished.rows(name)
+        clusters, metric = clusters_of(rows), task["metric"]
+        assert set(rows["method"]) == set(task["methods"]) and len(clusters) == 16
+        scores = {m: judged(rows, m, metric) for m in task["methods"]}
+        for method, baseline in itertools.permutations(scores, 2):
+            a, b = scores[method], scores[baseline]
+            y_N = np.where(a > b, 1.0, np.where(a == b, 0.5, 0.0)).mean(-1)[0]
+            if baseline in ("start", "sft_more"):
+                facts = task["methods"][method][f"against_{baseline}"]
+                found = [facts["win"][k] for k in ("mean", "low", "high")]
+                assert found == pytest.approx(interval(y_N, clusters), abs=1e-12)
+                found = [facts["difference"][k] for k in ("mean", "low", "high")]
+                assert found == pytest.approx(interval((a - b).mean(-1)[0], clusters), abs=1e-12)
+                assert facts["ties"] == pytest.approx((a == b).mean())
+                decided += (a != b).sum()
+            for pair in task["pairs"]:
+                if (pair["a"], pair["b"]) == (method, baseline):
+                    head = [pair["head_to_head"][k] for k in ("mean", "low", "high")]
+                    assert head == pytest.approx(interval(y_N, clusters), abs=1e-12)
+        for method, facts in task["methods"].items():
+            for column, mean in facts["means"].items():
+                assert mean["mean"] == pytest.approx(judged(rows, method, column).mean(), abs=1e-9)
+    assert decided > 50, "a test of ties alone would prove nothing"
+
+
+def test_scores_in_the_rows_are_those_of_their_texts(finished: Finished) -> None:
+    """The metric is the world's own verdict on the stored words, and the start's log-ratio to itself is 0."""
+    for name in ("requests", "sums"):
+        rows, world = finished.rows(name), prefzoo.worlds.make(name)
+        asked = {r["prompt"]: r["request"] for r in world.prompts("test", 400, unique=name == "requests")}
+        column = finished.results["tasks"][name]["metric"]
+        for prompt, words, ended, score in zip(
+            rows["prompt_text"], rows["completion"], rows["finished"], rows[column], strict=True
+        ):
+            assert getattr(world, column)(asked[prompt], words, bool(ended)) == score
+        assert abs(rows["kl"][rows["method"] == "start"].astype(float)).max() < 1e-4
+
+
+def test_the_start_ties_with_itself(finished: Finished) -> None:
+    for name, task in finished.results["tasks"].items():
+        file = next((finished.folder / "cells").glob(f"{name}-start-0-*/rows.parquet"))
+        start, again = Answers.read([file]), Answers.read([file])
+        win = benchmarks.results.statistics.estimate(start.wins_SN(again, task["metric"]), null=0.5)
+        assert (win.mean, win.se, win.low, win.high, win.p) == (0.5, 0.0, 0.5, 0.5, 1.0)
+        gap = benchmarks.results.statistics.difference(
+            start.mean_SN("kl"), again.mean_SN("kl"), paired_seeds=True, clusters=start.clusters
+        )
+        assert (gap.mean, gap.se, gap.p) == (0.0, 0.0, 1.0)
+
+
+def test_verdicts_are_holms_over_all_pairs_of_trained_methods(finished: Finished) -> None:
+    for task in finished.results["tasks"].values():
+        trained = [m for m in task["methods"] if m != "start"]
+        assert {frozenset((p["a"], p["b"])) for p in task["pairs"]} == {
+            frozenset(pair) for pair in itertools.combinations(trained, 2)
+        }
+        raw = sorted((p["difference"]["p"], p["p_holm"]) for p in task["pairs"])
+        steps = [min(1.0, (len(raw) - k) * p) for k, (p, _) in enumerate(raw)]
+        assert [holm for _, holm in raw] == pytest.approx(np.maximum.accumulate(steps).tolist())
+    assert len(finished.results["tasks"]["requests"]["pairs"]) == 3  # dpo, grpo, sft_more
+
+
+def test_swapping_two_methods_negates(finished: Finished) -> None:
+    task = finished.suite.tasks[0]
+    files = {m: next((finished.folder / "cells").glob(f"requests-{m}-0-*/rows.parquet")) for m in ("start", "dpo", "grpo")}
+    forward = {m: Answers.read([files[m]]) for m in ("start", "dpo", "grpo")}
+    backward = {m: forward[m] for m in ("grpo", "start", "dpo")}
+    (one,), (other,) = (benchmarks.results._pairs(task, answers) for answers in (forward, backward))
+    assert (one["a"], one["b"]) == (other["b"], other["a"])
+    assert one["head_to_head"]["mean"] == pytest.approx(1 - other["head_to_head"]["mean"], abs=1e-15)
+    assert one["head_to_head"]["low"] == pytest.approx(1 - other["head_to_head"]["high"], abs=1e-15)
+    assert one["difference"]["mean"] == -other["difference"]["mean"] != 0
+    assert one["difference"]["low"] == -other["difference"]["high"]
+    assert one["difference"]["p"] == other["difference"]["p"]
+
+
+def test_the_report_is_written_and_the_table_names_everybody(finished: Finished) -> None:
+    text = benchmarks.report(finished.folder)
+    page = (finished.folder / "report.md").read_text()
+    assert (finished.folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    for task in finished.results["tasks"].values():
+        for method, facts in task["methods"].items():
+            assert re.search(rf"^\s*{method} .*", text, re.M) and f"| {method} |" in page
+            if method != "start":
+                assert f"{100 * facts['against_start']['win']['mean']:.1f} %" in page
+    assert "dpo: not applicable, this world has no preference labels" in text
+    assert "`dpo` is not applicable: this world has no preference labels" in page
+    assert "this run only" in text.lower() and "This run only" in page
+    assert str(finished.folder / "report.md") in text and "two steps" in page
+
+
+def test_the_second_run_keeps_every_cell(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is trained, also after the folder was moved; the numbers are the same."""
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *_: pytest.fail("a job was run again"))
+    folder = finished.copy(tmp_path)
+    again = benchmarks.run(finished.suite, out=folder, quiet=True)
+    for name, task in finished.results["tasks"].items():
+        assert again["tasks"][name]["reused"] == [f"{name}/{m}/0" for m in _planned(finished.suite, name)]
+        for key in ("methods", "pairs", "curves", "shared"):
+            assert json.dumps(again["tasks"][name][key]) == json.dumps(task[key])
+
+
+def _planned(suite: Suite, task: str) -> list[str]:
+    return list(plan(suite).cells[task])
+
+
+def test_a_deleted_cell_is_run_again_alone_and_comes_out_the_same(
+    finished: Finished, tmp_path: Path, in_threads: None
+) -> None:
+    folder = finished.copy(tmp_path)
+    cell = next((folder / "cells").glob("requests-dpo-0-*"))
+    before = pq.read_table(cell / "rows.parquet")
+    others = {f: f.stat().st_mtime_ns for f in (folder / "cells").glob("*/facts.json") if f.parent != cell}
+    shutil.rmtree(cell)
+    again = benchmarks.run(finished.suite, out=folder, workers=1, quiet=True)
+    assert {f: f.stat().st_mtime_ns for f in others} == others
+    assert set(_planned(finished.suite, "requests")) - {
+        n.split("/")[1] for n in again["tasks"]["requests"]["reused"]
+    } == {"dpo"}
+    after = pq.read_table(cell / "rows.parquet")
+    assert after["completion"].to_pylist() == before["completion"].to_pylist()
+    assert np.allclose(np.asarray(after["kl"]), np.asarray(before["kl"]), atol=1e-5)
+
+
+def test_two_seeds_give_crossed_errors_and_no_stamp(finished: Finished, tmp_path: Path, in_threads: None) -> None:
+    folder = finished.copy(tmp_path)
+    suite = small_suite(small_requests(DPO))
+    results = benchmarks.run(suite, out=folder, seeds=2, workers=1, quiet=True)
+    task = results["tasks"]["requests"]
+    assert set(task["reused"]) == {"requests/start/0", "requests/dpo/0"}, "the first seed's cells are those of before"
+    assert results["seeds"] == 2 and results["this_run_only"] is False
+    rows = Finished(suite, folder, results).rows("requests")
+    a, b = judged(rows, "dpo", "gold"), judged(rows, "start", "gold")
+    assert not np.array_equal(a[0], a[1])
+    y_SN = np.where(a > b, 1.0, np.where(a == b, 0.5, 0.0)).mean(-1)
+    facts = task["methods"]["dpo"]["against_start"]
+    for found, table in ((facts["win"], y_SN), (facts["difference"], (a - b).mean(-1))):
+        n, s = table.shape[1], 2
+        prompts = s * ((table.mean(0) - table.mean()) ** 2).sum() / (n - 1)
+        seeds = n * ((table.mean(1) - table.mean()) ** 2).sum() / (s - 1)
+        rest = table - table.mean(0) - table.mean(1)[:, None] + table.mean()
+        residual = (rest**2).sum() / ((n - 1) * (s - 1))
+        error = np.sqrt(max(prompts + seeds - residual, prompts, seeds) / (n * s))
+        assert found["mean"] == pytest.approx(table.mean()) and found["se"] == pytest.approx(error)
+        assert found["se_seeds"] is not None and found["this_run_only"] is False
+    assert facts["win_range_over_seeds"] == pytest.approx([y_SN.mean(1).min(), y_SN.mean(1).max()])
+    text, page = benchmarks.report(folder), (folder / "report.md").read_text()
+    assert "this run only" not in (text + page).lower() and "2 seeds" in text and "2 training seeds" in page
+
+
+def test_no_prompt_is_used_for_two_purposes(finished: Finished) -> None:
+    """Demonstrations, training, validation and test: as the cells stored them, by meaning and not by words."""
+    world = prefzoo.worlds.make("requests")
+
+    def meanings(split: str, texts: set[str], n: int, unique: bool) -> set[Any]:
+        known = {r["prompt"]: world.meaning(r["request"]) for r in world.prompts(split, n, unique=unique)}
+        assert texts and texts <= set(known), f"not all from the split {split}"
+        return {known[t] for t in texts}
+
+    cells = finished.folder / "cells"
+    labelled = [json.loads(x) for x in next(cells.glob("requests-data-*/data.jsonl")).read_text().split("\n") if x]
+    curve = pq.read_table(next(cells.glob("requests-grpo-*/curve.parquet")))
+    used = {
+        "sft": {world.meaning(r["request"]) for r in world.demonstrations(SMALL["demonstrations"] + 200)},
+        "train": meanings("train", {r["prompt"] for r in labelled}, 24, False),
+        "validation": meanings("validation", set(curve["prompt_text"].to_pylist()), 256, True),
+        "test": meanings("test", set(finished.rows("requests")["prompt_text"]), 16, True),
+    }
+    assert used["train"] == {world.meaning(r["request"]) for r in labelled}
+    for one, other in itertools.combinations(used, 2):
+        assert not used[one] & used[other], (one, other)
+
+    sums = prefzoo.worlds.make("sums")
+    trained = [json.loads(x) for x in next(cells.glob("sums-data-*/data.jsonl")).read_text().split("\n") if x]
+    asked = {r["prompt"]: r["request"] for r in sums.prompts("test", 100)}
+    tested = {sums.meaning(asked[p]) for p in set(finished.rows("sums")["prompt_text"])}
+    taught = {sums.meaning(r["request"]) for r in (*trained, *sums.demonstrations(SMALL["demonstrations"] + 200))}
+    assert tested and not tested & taught
+
+
+# ------------------------------------------------------------------------------------------------- a user's own loss
+
+MY_SUITE = f"""
+from prefzoo.benchmarks import SUITES, Method, Suite
+from prefzoo.benchmarks.suites import SFT_MORE, START, requests_task
+
+@SUITES.register
+def my_suite():
+    dpo = Method("dpo", "dpo", training={{"max_steps": 2}})
+    task = requests_task((START, dpo, SFT_MORE), samples=4, reward_epochs=1, **{SMALL!r})
+    return Suite("my_suite", (task,), test_prompts=16, samples=2)
+"""
+MY_LOSS = """import torch
+from prefzoo.losses import register_loss
+from prefzoo.records import LossOut, Pairs
+@register_loss
+def my_hinge(batch: Pairs, *, beta: float = 0.1) -> LossOut:
+    "A margin of one on the scaled difference of log-ratios."
+    gap_B = beta * (batch.chosen_ratio_B - batch.rejected_ratio_B)
+    return LossOut(torch.relu(1 - gap_B))
+"""
+
+
+def test_an_edited_loss_is_trained_again_and_its_neighbour_is_kept(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command trains it beside dpo, in new processes that import the file themselves."""
+    for registry in (LOSSES, ALGORITHMS, SUITES):  # what the files register is forgotten after the test
+        registry.names()
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    suite, loss, folder = tmp_path / "my_suite.py", tmp_path / "my_loss.py", finished.copy(tmp_path)
+    suite.write_text(MY_SUITE)
+    loss.write_text(MY_LOSS)
+    assert len(MY_LOSS.splitlines()) == 8
+
+    def bench() -> tuple[str, list[str], pa.Table]:
+        from prefzoo.cli import main
+
+        words = ["bench", "my_suite", "--algorithms", "dpo,my_hinge", "--import", str(suite), "--import", str(loss)]
+        assert main([*words, "--out", str(folder), "--workers", "1"]) == 0
+        shown = capsys.readouterr()
+        ran = re.findall(r"requests/(\S+): done", shown.err)
+        key = json.loads((folder / "results.json").read_text())["tasks"]["requests"]["methods"]["my_hinge"]["cells"][0]
+        return shown.out, ran, pq.read_table(folder / "cells" / f"requests-my_hinge-0-{key}" / "rows.parquet")
+
+    table, ran, first = bench()
+    assert ran == ["my_hinge/0", "sft_more/0"], "start, data, reward model and dpo are there already"
+    assert re.search(r"^\s*my_hinge ", table, re.M) and re.search(r"^\s*dpo ", table, re.M)
+    prefzoo.testing.check_loss("my_hinge")
+
+    loss.write_text(MY_LOSS.replace("batch.chosen_ratio_B - batch.rejected_ratio_B", "batch.rejected_ratio_B - batch.chosen_ratio_B"))
+    _, ran, second = bench()
+    assert ran == ["my_hinge/0", "sft_more/0"], "sft_more reads how much the others trained"
+    assert first["prompt_text"] == second["prompt_text"]
+    assert not np.allclose(np.asarray(first["kl"]), np.asarray(second["kl"])), "the old model was kept"
+
+    loss.write_text(MY_LOSS)
+    _, ran, third = bench()
+    assert ran == [] and third.equals(first), "edited back: the first result is still there"
+
+
+# ---------------------------------------------------------------------------------------------------- a file of pairs
+
+
+def dialogue(topic: int, turn: int) -> dict[str, str]:
+    """HH-like: an implicit prompt; several pairs of a topic share their first turn."""
+    asked = f"\n\nHuman: what about number {topic} ?\n\nAssistant:"
+    if turn:
+        asked += f" well {topic}\n\nHuman: more ?\n\nAssistant:"
+    return {"chosen": f"{asked} yes {turn} , gladly .", "rejected": f"{asked} no {turn} !"}
+
+
+PAIRS = Task(
+    name="pairs", kind="pairs", metric="judge", methods=(START, DPO, GRPO, RLVR, SFT_MORE),
+    settings={
+        "data": None, "start_seed": 0, "start_steps": 3, "start_rows": 8, "start_rate": 2e-3, "vocabulary": 300,
+        "max_length": 96, "reward_rate": 5e-4, "reward_rows": 16, "reward_epochs": 1, "sft_more_rate": 5e-4,
+        "permuted": False,
+    },
+    recipes={"pairs": {"learning_rate": 2e-4, "rows_per_step": 16}, "rollouts": {"learning_rate": 2e-4}},
+    options={"max_new_tokens": 8, "temperature": 1.0, **FEW},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished_pairs(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = [dialogue(topic, turn) for topic in range(60) for turn in range(1 + topic % 3)]
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    (folder / "hh.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    methods = (START, DPO, dataclasses.replace(GRPO, training={"max_steps": 1}, curve=False), RLVR, SFT_MORE)
+    suite = small_suite(dataclasses.replace(PAIRS, methods=methods))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(concurrent.futures, "ProcessPoolExecutor", Threads)
+        results = benchmarks.run(suite, data=folder / "hh.jsonl", out=folder / "out", workers=1, quiet=True)
+    return Finished(suite, folder / "out", results)
+
+
+def test_thirds_share_no_first_turn_and_lose_no_row(finished_pairs: Finished) -> None:
+    data = next((finished_pairs.folder / "cells").glob("pairs-data-*"))
+    thirds = {t: [json.loads(x) for x in (data / f"{t}.jsonl").read_text().split("\n") if x] for t in ("train", "judge", "test")}
+    topics = {t: {int(re.search(r"number (\d+) \?", r["prompt"])[1]) for r in rows} for t, rows in thirds.items()}
+    assert sum(map(len, topics.values())) == 60 and set().union(*topics.values()) == set(range(60))
+    assert min(map(len, topics.values())) >= 8
+    assert sum(map(len, thirds.values())) == 120
+    asked = set(finished_pairs.rows("pairs")["prompt_text"])
+    assert asked <= {r["prompt"] for r in thirds["test"]}
+    clusters = set(finished_pairs.rows("pairs")["cluster"])
+    assert all(re.fullmatch(r"what about number \d+ \?", c) for c in clusters) and len(clusters) < len(asked) <= 16
+
+
+def test_pairs_end_to_end(finished_pairs: Finished) -> None:
+    task = finished_pairs.results["tasks"]["pairs"]
+    assert task["failed"] == {} and set(task["methods"]) == {"start", "dpo", "grpo", "sft_more"}
+    assert "no answers that a verifier could check" in task["not_applicable"]["rlvr"]
+    share, shared = task["judge_accuracy"], task["shared"]
+    assert share["n"] == shared["data"]["test"]["rows"]
+    assert share["share"] == round(shared["judge"]["right_on_test_pairs"]) / share["n"]
+    assert 0 <= share["low"] <= share["share"] <= share["high"] <= 1 and share["low"] < share["high"]
+    assert shared["judge"] != shared["reward_model"]
+    rows = finished_pairs.rows("pairs")
+    assert not np.allclose(rows["proxy"].astype(float), rows["judge"].astype(float)), "the judge is not the proxy"
+    text, page = benchmarks.report(finished_pairs.folder), (finished_pairs.folder / "report.md").read_text()
+    assert "judge agrees with people in" in text and "rlvr: not applicable" in text
+    assert f"{share['n']} pairs" in page and "a coin agrees in 50 %" in page
+    a, b = judged(rows, "dpo", "judge"), judged(rows, "start", "judge")
+    clusters = dict(zip(rows["prompt"], rows["cluster"], strict=True))
+    expected = interval(((a > b) + 0.5 * (a == b)).mean(-1)[0], [clusters[i] for i in range(a.shape[1])])
+    win = task["methods"]["dpo"]["against_start"]["win"]
+    assert [win[k] for k in ("mean", "low", "high")] == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_judge_has_its_own_third_and_seed(tmp_path: Path) -> None:
+    (tmp_path / "hh.jsonl").write_text(json.dumps(dialogue(0, 0)) + "\n")
+    task = dataclasses.replace(PAIRS, settings={**PAIRS.settings, "data": str(tmp_path / "hh.jsonl")})
+    by_name = {j.name: j for j in plan(small_suite(task)).jobs}
+    assert by_name["pairs/judge"].params["third"] == "judge" and by_name["pairs/reward_model"].params["third"] == "train"
+    assert tasks.derive_seed(0, "reward model", "judge") != tasks.derive_seed(0, "reward model", "train")
+    keys = keys_of(plan(small_suite(task)).jobs)
+    assert keys["pairs/judge"] != keys["pairs/reward_model"]
+    (tmp_path / "hh.jsonl").write_text(json.dumps(dialogue(1, 0)) + "\n")
+    assert set(keys_of(plan(small_suite(task)).jobs).items()).isdisjoint(keys.items()), "other data, other results"
+
+
+@pytest.mark.parametrize(
+    "ask, words",
+    [
+        (dict(suite="quikc"), "did you mean 'quick'"),
+        (dict(suite="pairs"), "--data FILE"),
+        (dict(suite="pairs", data="nowhere.jsonl"), "no such file"),
+        (dict(suite="quick", seeds=0), "at least 1"),
+        (dict(suite="quick", algorithms=["dpi"]), "did you mean 'dpo'"),
+        (dict(suite="quick", algorithms=["sft_more"]), "no algorithm is left"),
+        (dict(suite="quick", imports=["nowhere.py"]), "no such file"),
+    ],
+)
+def test_refusals_come_before_any_work(ask: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(words)):
+        benchmarks.run(**ask, out=tmp_path / "out")
+    cells = tmp_path / "out" / "cells"
+    assert not cells.exists() or not list(cells.iterdir())
+
+
+def test_choosing_algorithms_keeps_the_baselines() -> None:
+    quick = benchmarks.get_suite("quick").choose(["ipo", "sft"])
+    assert [[m.name for m in t.methods] for t in quick.tasks] == [["start", "ipo", "sft", "sft_more"]]
+    assert quick.tasks[0].method("ipo") in benchmarks.get_suite("quick").tasks[0].methods, "with the suite's settings"
+    assert quick.tasks[0].method("sft") == Method("sft", "sft")
+    both = benchmarks.get_suite("quick").choose(["rlvr"])
+    assert [t.name for t in both.tasks] == ["requests", "sums"]
+
+
+@pytest.mark.parametrize("suite", SUITES.names())
+def test_budgets_are_what_the_suite_says(suite: str) -> None:
+    """Sampled completions of every rollout method, counted from its own composition."""
+    numbers = {int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d", benchmarks.get_suite(suite).budget)}
+    for task in benchmarks.get_suite(suite).tasks:
+        for method in task.methods:
+            if method.baseline:
+                continue
+            options, training = task.resolve(method)
+            stage = prefzoo.create_algorithm(method.algorithm, **options).stages[0]
+            if stage.on_policy:
+                sampled = training["max_steps"] * stage.schedule.prompts * stage.source.group_size
+                assert sampled <= max(numbers), (method.name, sampled, numbers)
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def test_a_report_needs_nothing_but_the_stored_results(finished: Finished, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds no results.json; give the --out folder"):
+        benchmarks.report(tmp_path)
+    shutil.copy(finished.folder / "results.json", tmp_path)
+    benchmarks.report(tmp_path)
+    assert (tmp_path / "report.md").read_text() == (finished.folder / "report.md").read_text()
+    assert (tmp_path / "report.png").exists()
+
+
+def rendered(results: dict[str, Any], folder: Path) -> tuple[str, str]:
+    (folder / "results.json").write_text(json.dumps(results))
+    return benchmarks.report(folder), (folder / "report.md").read_text()
+
+
+def edited(finished: Finished, edit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    results = json.loads((finished.folder / "results.json").read_text())
+    edit(results)
+    return results
+
+
+def test_failures_are_shown_with_their_reason(finished: Finished, tmp_path: Path) -> None:
+    reasons = {
+        "requests/dpo/0": "Traceback ...\nKeyError: 'oven'\n",
+        "requests/grpo/0": "shapes [batch, token] and [/batch] differ",
+    }
+
+    def edit(results: dict[str, Any]) -> None:
+        for cell in reasons:
+            results["tasks"]["requests"]["methods"].pop(cell.split("/")[1])
+        results["tasks"]["requests"] |= {"failed": reasons, "pairs": [], "curves": {}}
+
+    for text in rendered(edited(finished, edit), tmp_path):
+        assert all(cell in text for cell in reasons)
+        assert "KeyError: 'oven'" in text and "Traceback" not in text
+        assert "shapes [batch, token] and [/batch] differ" in text, "brackets are words, not colours"
+
+
+def test_a_suite_where_everything_failed_says_why(
+    tmp_path: Path, in_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("the oven [kitchen] is cold")
+
+    monkeypatch.setattr(tasks, "world_start", broken)
+    results = benchmarks.run(small_suite(small_requests(DPO)), out=tmp_path, workers=1, quiet=True)
+    task = results["tasks"]["requests"]
+    assert task["methods"] == {} and task["pairs"] == []
+    assert set(task["failed"]) >= {"requests/start/0", "requests/dpo/0", "requests/sft_more/0"}
+    assert "cold" in json.dumps(task["failed"]), "the cause is told, not only that something before it failed"
+    assert "the oven [kitchen] is cold" in (tmp_path / "report.md").read_text()
+    assert "the oven [kitchen] is cold" in benchmarks.report(tmp_path)
+    assert not (tmp_path / "rows.parquet").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- compare
+
+LETTERS = [{"prompt": f"say {x}:", "completion": " a a a"} for x in "pqrstuvw"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run that says a, and the folder of one that says b."""
+    folder = tmp_path_factory.mktemp("two")
+    how = {"max_steps": 25, "rows_per_step": 8, "learning_rate": 3e-3, "warmup_steps": 0, "quiet": True}
+    words = prefzoo.models.load.learn_tokenizer([r[k] for r in LETTERS for k in r] + [" b b b"], 280)
+    runs = {}
+    for letter in "ab":
+        rows = [{**r, "completion": r["completion"].replace("a", letter)} for r in LETTERS]
+        model = prefzoo.models.load.tiny_model(words)
+        runs[letter] = prefzoo.train(
+            "sft", model=model, tokenizer=words, dataset=rows, output_dir=folder / letter, **how
+        )
+    return {"says_a": runs["a"], "says_b": folder / "b"}
+
+
+PROMPTS = [{"prompt": r["prompt"]} for r in LETTERS]
+SHORT = {"prompts": PROMPTS, "max_new_tokens": 8, "samples": 2}
+
+
+def likes_a(completions: list[str], **_: Any) -> list[float]:
+    return [c.count("a") - c.count("b") for c in completions]
+
+
+def test_compare_finds_the_better_model(two: dict[str, Any]) -> None:
+    found = prefzoo.compare(two, judge=likes_a, **SHORT)
+    (pair,) = found.pairs
+    answers = {n: np.reshape(likes_a(found.answers[n]), (8, 2)) for n in two}
+    wins = (answers["says_a"] > answers["says_b"]) + 0.5 * (answers["says_a"] == answers["says_b"])
+    assert pair["win"]["mean"] == pytest.approx(wins.mean()) and pair["win"]["mean"] > 0.9
+    assert (pair["a"], pair["b"], pair["verdict"], pair["order_flips"]) == ("says_a", "says_b", "better", None)
+    assert "says_a" in str(found) and "better" in str(found)
+    (swapped,) = prefzoo.compare(dict(reversed(two.items())), judge=likes_a, **SHORT).pairs
+    assert swapped["win"]["mean"] == pytest.approx(1 - pair["win"]["mean"]) and swapped["verdict"] == "worse"
+    assert swapped["win"]["low"] == pytest.approx(1 - pair["win"]["high"])
+
+
+def test_a_model_against_itself_is_a_tie(two: dict[str, Any]) -> None:
+    (pair,) = prefzoo.compare({"x": two["says_b"], "y": two["says_b"]}, judge=likes_a, **SHORT).pairs
+    assert (pair["win"]["mean"], pair["win"]["se"], pair["ties"], pair["p_holm"]) == (0.5, 0.0, 1.0, 1.0)
+    assert pair["verdict"] == "equivalent"
+
+
+def test_a_judge_is_asked_in_both_orders(two: dict[str, Any]) -> None:
+    asked: list[tuple[list[str], list[str], list[str]]] = []
+
+    def first(prompts: list[str], a: list[str], b: list[str]) -> list[float]:
+        asked.append((prompts, a, b))
+        return [1.0] * len(prompts)
+
+    found = prefzoo.compare(two, judge=pairwise(first), **SHORT)
+    (pair,) = found.pairs
+    assert (pair["win"]["mean"], pair["order_flips"], pair["verdict"]) == (0.5, 1.0, "equivalent")
+    assert asked[0][1:] == asked[1][:0:-1] == (found.answers["says_a"], found.answers["says_b"])
+    assert asked[0][0] == [r["prompt"] for r in PROMPTS for _ in range(2)]
+
+    def fair(prompts: list[str], a: list[str], b: list[str]) -> list[float]:
+        return [(np.sign(x - y) + 1) / 2 for x, y in zip(likes_a(a), likes_a(b), strict=True)]
+
+    (by_pair,) = prefzoo.compare(two, judge=pairwise(fair), **SHORT).pairs
+    (by_score,) = prefzoo.compare(two, judge=likes_a, **SHORT).pairs
+    assert by_pair["order_flips"] == 0.0 and by_pair["win"] == by_score["win"]
+
+
+def test_holm_covers_all_pairs_of_a_comparison(two: dict[str, Any]) -> None:
+    models = {**two, "b_again": two["says_b"]}
+    pairs = prefzoo.compare(models, judge=likes_a, **SHORT).pairs
+    assert [(p["a"], p["b"]) for p in pairs] == list(itertools.combinations(models, 2))
+    raw = sorted((p["win"]["p"], p["p_holm"]) for p in pairs)
+    expected = np.maximum.accumulate([min(1, (3 - k) * p) for k, (p, _) in enumerate(raw)])
+    assert [h for _, h in raw] == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize(
+    "judge, words",
+    [
+        ("exat", "did you mean 'exact'"),
+        (3, "expected a function, a verifier's name or a reward-model folder, got int"),
+        (lambda completions, **_: [1.0], "must return a list of 16 numbers"),
+        (lambda completions, **_: [None] * 16, "the judge gave no score for 16 answers"),
+        (pairwise(lambda p, a, b: [2.0] * len(p)), "16 numbers in [0, 1]"),
+        (pairwise(lambda p, a, b: [1.0]), "16 numbers in [0, 1]"),
+    ],
+)
+def test_a_bad_judge_is_told_in_words(judge: Any, words: str, two: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=re.escape(words)):
+        prefzoo.compare(two, judge=judge, **SHORT)
+
+
+def test_models_that_cannot_be_told_apart_are_refused(two: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="at least two models"):
+        prefzoo.compare([two["says_b"]], judge=likes_a, **SHORT)
+    with pytest.raises(UsageError, match="two of the models are called 'b'"):
+        prefzoo.compare([two["says_a"], two["says_b"], two["says_b"] / "final"], judge=likes_a, **SHORT)
+
+
+def test_a_prompt_that_comes_twice_is_asked_once(two: dict[str, Any]) -> None:
+    twice = prefzoo.compare(two, judge=likes_a, **{**SHORT, "prompts": PROMPTS + PROMPTS})
+    once = prefzoo.compare(two, judge=likes_a, **SHORT)
+    assert twice.answers == once.answers and twice.pairs == once.pairs
+
+
+def test_a_reward_model_that_reads_other_tokens_is_refused(two: dict[str, Any], tmp_path: Path) -> None:
+    load = prefzoo.models.load
+    for vocabulary, refused in ((280, False), (270, True)):
+        texts = [r[k] for r in LETTERS for k in r] + [" b b b"]
+        words = load.learn_tokenizer(texts if not refused else ["quite other words, and none of those"], vocabulary)
+        scorer = load.new_scorer(load.Policy(load.tiny_model(words)))
+        load.save_scorer(scorer, words, tmp_path / str(vocabulary))
+        if not refused:
+            assert prefzoo.compare(two, judge=tmp_path / str(vocabulary), **SHORT).pairs[0]["ties"] == 1.0
+            continue
+        with pytest.raises(UsageError, match="another tokenizer"):
+            prefzoo.compare(two, judge=tmp_path / str(vocabulary), **SHORT)

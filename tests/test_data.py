@@ -1,0 +1,454 @@
+"""Data: what a file or a list becomes, what is dropped or cut and how that is told, and the store of tokens."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import prefzoo.data.tokens as tokens_module
+from prefzoo.data.formats import Dataset, Report, convert, load_dataset, split_text
+from prefzoo.data.samples import Ragged, Samples, concatenate, scatter
+from prefzoo.data.tokens import tokenise
+from prefzoo.models.load import learn_tokenizer
+from prefzoo.registry import UsageError
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+BYE = {"role": "assistant", "content": "Bye"}
+TALK = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Sky?\n\nAssistant:"
+TEMPLATE = """{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %}
+{%- if add_generation_prompt %}[assistant]{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def words() -> Any:
+    tokenizer = learn_tokenizer(["say a: a b c d", TALK + " blue", "[user] [assistant]"], 300)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+PAIR = {"prompt": "say:", "chosen": " a", "rejected": " b"}
+FORMATS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "explicit prompt": (PAIR, "preference", PAIR),
+    "implicit prompt": (
+        {"chosen": "Sky? Answer: blue", "rejected": "Sky? Answer: black"}, "preference",
+        {"prompt": "Sky? Answer:", "chosen": " blue", "rejected": " black"},
+    ),
+    "implicit prompt, None in its column": (
+        {"prompt": None, "chosen": "Sky? Answer: blue", "rejected": "Sky? Answer: black"}, "preference",
+        {"prompt": "Sky? Answer:", "chosen": " blue", "rejected": " black"},
+    ),
+    "one side begins the other": (
+        {"chosen": "The sky is blue", "rejected": "The sky is"}, "preference",
+        {"prompt": "The sky", "chosen": " is blue", "rejected": " is"},
+    ),
+    "HH transcript": (
+        {"chosen": TALK + " blue.", "rejected": TALK + " blueish."}, "preference",
+        {"prompt": TALK, "chosen": " blue.", "rejected": " blueish."},
+    ),
+    "dialogue": (
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, BYE]}, "preference",
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [BYE]},
+    ),
+    "unpaired": (
+        {"prompt": "say:", "completion": " a", "label": True}, "unpaired",
+        {"prompt": "say:", "completion": " a", "label": True},
+    ),
+    "unpaired with 0 and 1": (
+        {"prompt": "say:", "completion": " a", "label": 0}, "unpaired",
+        {"prompt": "say:", "completion": " a", "label": 0},
+    ),
+    "demonstration": (
+        {"prompt": "say:", "completion": " a"}, "prompt_completion", {"prompt": "say:", "completion": " a"},
+    ),
+    "prompt only": ({"prompt": "say:", "answer": "a"}, "prompt", {"prompt": "say:", "answer": "a"}),
+    "messages": ({"prompt": [USER]}, "prompt", {"prompt": [USER]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_type_is_found_by_the_columns(name: str) -> None:
+    row, kind, expected = FORMATS[name]
+    data = load_dataset([row])
+    assert data.type == kind and {k: v for k, v in data.rows[0].items() if k in expected} == expected
+    assert data.report.rows == 1 and not data.report.dropped
+
+
+TEXT = st.text(alphabet="ab \n", max_size=8)
+
+
+@given(TEXT, TEXT, TEXT)
+def test_an_implicit_prompt_loses_nothing_and_tears_no_word(prefix: str, left: str, right: str) -> None:
+    chosen, rejected = prefix + left, prefix + right
+    cut = split_text(chosen, rejected)
+    assert chosen[:cut] == rejected[:cut] and cut == split_text(rejected, chosen)
+    assert cut == 0 or (chosen[cut : cut + 1].isspace() and rejected[cut : cut + 1].isspace())
+
+
+CONVERTED: dict[tuple[str, str], list[dict[str, Any]]] = {
+    ("explicit prompt", "prompt_completion"): [{"prompt": "say:", "completion": " a"}],
+    ("explicit prompt", "unpaired"): [
+        {"prompt": "say:", "completion": " a", "label": True}, {"prompt": "say:", "completion": " b", "label": False},
+    ],
+    ("explicit prompt", "prompt"): [{"prompt": "say:"}],
+    ("unpaired", "prompt_completion"): [{"prompt": "say:", "completion": " a"}],
+    ("unpaired with 0 and 1", "prompt_completion"): [],
+    ("unpaired", "prompt"): [{"prompt": "say:"}],
+    ("demonstration", "prompt"): [{"prompt": "say:"}],
+    ("prompt only", "prompt"): [{"prompt": "say:", "answer": "a"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "to"), CONVERTED, ids=" -> ".join)
+def test_conversions(name: str, to: Any) -> None:
+    data = load_dataset([FORMATS[name][0]])
+    found = convert(data, to)
+    assert found.rows == CONVERTED[name, to] and found.type == to
+    assert convert(data, data.type) is data
+
+
+def test_conversions_keep_the_users_columns_and_merge_prompts() -> None:
+    rows = [{**PAIR, "level": 3}, {**PAIR, "chosen": " c", "level": 3}, {**PAIR, "level": 4}]
+    data = load_dataset(rows)
+    assert [r["level"] for r in convert(data, "unpaired").rows] == [3, 3, 3, 3, 4, 4]
+    assert convert(data, "prompt").rows == [{"prompt": "say:", "level": 3}, {"prompt": "say:", "level": 4}]
+
+
+@pytest.mark.parametrize(("name", "to", "could"), [
+    ("demonstration", "preference", "preference"), ("demonstration", "unpaired", "unpaired, preference"),
+    ("prompt only", "prompt_completion", "prompt_completion, preference, unpaired"),
+])  # fmt: skip
+def test_what_cannot_become_something_says_what_could(name: str, to: Any, could: str) -> None:
+    with pytest.raises(UsageError, match=rf"cannot become {to}\. Types that can: {could}\."):
+        convert(load_dataset([FORMATS[name][0]]), to)
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+ROW_FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "say:", "chosen": " a", "rejected": " a"}, "chosen and rejected are identical"),
+    ({"prompt": "say:", "chosen": "", "rejected": " b"}, "an empty side"),
+    ({"prompt": "", "chosen": " a", "rejected": " b"}, "an empty prompt"),
+    ({"prompt": None, "chosen": "left", "rejected": "right"}, "an empty prompt"),
+    ({"prompt": "say:", "chosen": [ASSISTANT], "rejected": [BYE]}, "text and messages in one row"),
+    ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [BYE]}, "text where other rows have messages, or messages"),
+    ({"prompt": "say:", "chosen": None, "rejected": " b"}, "chosen is NoneType, not text or a list of messages"),
+    ({"prompt": "say:", "chosen": [{"role": "user"}], "rejected": " b"}, "chosen is list, not text"),
+    ({"prompt": "say:", "chosen": " a", "rejected": 3}, "rejected is int, not text"),
+    ({"prompt": ["say:"], "chosen": " a", "rejected": " b"}, "prompt is list, not text"),
+]
+
+
+def test_faulty_rows_are_dropped_counted_and_shown() -> None:
+    data = load_dataset([PAIR, *(row for row, _ in ROW_FAULTS), PAIR])
+    assert data.rows == [PAIR, PAIR] and data.report.rows == 2
+    assert sum(data.report.dropped.values()) == len(ROW_FAULTS) and data.report.dropped["an empty prompt"] == 2
+    words = "\n".join(data.report.lines())
+    assert "data list: 2 rows, type preference" in words
+    assert "dropped 2 (an empty prompt); for example row 4: {" in words
+    for _, fault in ROW_FAULTS:
+        assert any(fault in reason for reason in data.report.dropped), fault
+
+
+@pytest.mark.parametrize(("row", "fault"), ROW_FAULTS)
+def test_strict_stops_at_the_first_faulty_row(row: dict[str, Any], fault: str) -> None:
+    with pytest.raises(UsageError, match=rf"data list, row 2: {fault}.*it starts \{{"):
+        load_dataset([PAIR, row], strict=True)
+
+
+@pytest.mark.parametrize(("row", "fault"), [
+    ({"prompt": "say:", "completion": " a", "label": "yes"}, "label is 'yes', not true or false"),
+    ({"prompt": "say:", "completion": " a", "label": None}, "label is None"),
+    ({"prompt": "say:", "completion": "", "label": True}, "an empty completion"),
+])  # fmt: skip
+def test_faults_of_unpaired_rows(row: dict[str, Any], fault: str) -> None:
+    with pytest.raises(UsageError, match=f"no usable row is left(?s:.)*{fault}"):
+        load_dataset([row])
+
+
+STRUCTURE: dict[str, tuple[str, str]] = {
+    "a column is missing": (
+        '{"chosen": "a", "rejected": "b"}\n{"chosen": "a"}', r"d\.jsonl, row 2: column 'rejected' is missing",
+    ),
+    "unknown columns": (
+        '{"chosn": "a", "rejected": "b"}', r"d\.jsonl: columns chosn, rejected fit no.*'chosn' looks like 'chosen'",
+    ),
+    "not JSON": ('{"prompt": "a"}\n\n{"prompt": b}', r"d\.jsonl', line 3 is not JSON .*'{\"prompt\": b}'"),
+    "not an object": ('{"prompt": "a"}\n[1]', r"d\.jsonl', line 2: expected a JSON object, got list"),
+    "a broken array": ('[{"prompt": "a"},', r"d\.jsonl' is not JSON"),
+    "nothing": ("\n\n", r"d\.jsonl: no rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_structural_faults_name_the_place(name: str, tmp_path: Path) -> None:
+    text, message = STRUCTURE[name]
+    (tmp_path / "d.jsonl").write_text(text)
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        load_dataset(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ([{"prompt": "a"}, "text"], "row 2: expected a mapping, got str"), (3, "data of type int cannot be read"),
+    ([], "no rows"), ("nowhere.jsonl", "no such file"),
+], ids=str)  # fmt: skip
+def test_sources_that_cannot_be_read(source: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_dataset(source)
+
+
+def test_a_file_with_another_name_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    with pytest.raises(UsageError, match=r"did you mean 'pairs\.jsonl'"):
+        load_dataset(tmp_path / "pair.jsonl")
+    with pytest.raises(UsageError, match="is a folder"):
+        load_dataset(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "json", "json.gz", "byte order mark", "windows line ends"])
+def test_all_files_say_the_same(form: str, tmp_path: Path) -> None:
+    rows = [PAIR, {"prompt": "größe\u2028:", "chosen": " 5", "rejected": " 6"}]
+    lines = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n"
+    text = {"json": json.dumps(rows), "json.gz": json.dumps(rows, indent=2), "byte order mark": "\ufeff" + lines,
+            "windows line ends": lines.replace("\n", "\r\n")}.get(form, lines)  # fmt: skip
+    file = tmp_path / f"d.{form if 'json' in form else 'jsonl'}"
+    data = text.encode()
+    file.write_bytes(gzip.compress(data) if form.endswith("gz") else data)
+    assert load_dataset(file).rows == rows == load_dataset(str(file)).rows
+    assert load_dataset(file).hash() == load_dataset(rows).hash() != load_dataset(rows[:1]).hash()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "plain"])
+def test_a_damaged_archive_is_told_in_words(damage: str, tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress(json.dumps(PAIR).encode() * 50))
+    if damage == "cut":
+        packed = packed[: len(packed) // 2]
+    elif damage == "flipped":
+        packed[12:20] = b"\xff" * 8
+    else:
+        packed = bytearray(json.dumps(PAIR).encode())
+    (tmp_path / "d.jsonl.gz").write_bytes(bytes(packed))
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_dataset(tmp_path / "d.jsonl.gz")
+
+
+def test_datasets_of_the_library() -> None:
+    rows = [PAIR, {**PAIR, "chosen": " c"}]
+    assert load_dataset(datasets.Dataset.from_list(rows)).rows == rows
+    mixed = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "c"}])  # fills with None
+    data = load_dataset(mixed)
+    assert len(data.rows) == 1
+    assert data.report.dropped == Counter({"completion is NoneType, not text or a list of messages": 1})
+    assert load_dataset(data) is data
+
+
+def test_hh_transcripts(data_dir: Path, words: Any) -> None:
+    """All 2,312 real pairs: the sides differ inside the last turn of the assistant, and nowhere else."""
+    data = load_dataset(data_dir / "hh_rlhf" / "hh_rlhf_harmless_test.jsonl.gz")
+    empty = sum(data.report.dropped.values())
+    assert data.type == "preference" and len(data.rows) + empty == 2312 and empty < 25
+    with gzip.open(data_dir / "hh_rlhf" / "hh_rlhf_harmless_test.jsonl.gz", "rt", encoding="utf-8") as file:
+        whole = {(r["chosen"], r["rejected"]) for r in map(json.loads, file)}
+    for row in data.rows:
+        assert row["prompt"].startswith("\n\nHuman:") and row["prompt"].endswith("\n\nAssistant:")
+        assert (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]) in whole
+        assert not any("\n\nHuman:" in row[side] for side in ("chosen", "rejected"))
+    samples, report = tokenise(Dataset(data.rows[:50], data.type, data.report), words, "pairs", max_length=512)
+    assert report.rows == len(samples) > 10 and report.rows + sum((report.dropped - data.report.dropped).values()) == 50
+    cut = sum(samples.completions[b][-1] != words.eos_token_id for b in range(2 * len(samples)))
+    assert cut == sum(report.cut.values()) > 0
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+@pytest.mark.parametrize("kind", ["pairs", "unpaired", "completions", "prompts"])
+def test_one_data_set_gives_every_kind(kind: Any, words: Any) -> None:
+    """What the ids say, decoded, is what the rows say; completions end in EOS; columns line up."""
+    rows = [PAIR, {**PAIR, "chosen": " c"}, {"prompt": "hum:", "chosen": " m m", "rejected": " n"}]
+    samples, report = tokenise(rows, words, kind)
+    twice = [0, 0, 0, 0, 1, 1]
+    of_kind = {"pairs": (3, twice), "unpaired": (6, twice), "completions": (3, [0, 0, 1]), "prompts": (2, [])}
+    count, owners = of_kind[kind]
+    assert samples.kind == kind and report.rows == len(samples) == count and samples.prompt_B.tolist() == owners
+    assert [words.decode(samples.prompts[i]) for i in range(len(samples.prompts))] == ["<bos>say:", "<bos>hum:"]
+    said = [words.decode(samples.completions[i]) for i in range(len(samples.completions))]
+    both = [" a<eos>", " b<eos>", " c<eos>", " b<eos>", " m m<eos>", " n<eos>"]
+    assert said == {"pairs": both, "unpaired": both, "completions": both[::2], "prompts": []}[kind]
+    if kind == "unpaired":
+        assert samples.columns["desirable"].tolist() == [True, False] * 3
+
+
+def test_messages_go_through_the_chat_template(words: Any) -> None:
+    samples, _ = tokenise([{"chosen": [USER, ASSISTANT], "rejected": [USER, BYE]}], words, "pairs")
+    assert words.decode(samples.prompts[0]) == "[user]Hi<eos>[assistant]"
+    assert [words.decode(samples.completions[i]) for i in (0, 1)] == ["Hello<eos>", "Bye<eos>"]
+    prompts, _ = tokenise([{"prompt": [USER]}], words, "prompts")
+    assert words.decode(prompts.prompts[0]) == "[user]Hi<eos>[assistant]"
+    bare = learn_tokenizer(["a"], 262)
+    with pytest.raises(UsageError, match="no chat template; set"):
+        tokenise([{"prompt": [USER]}], bare, "prompts")
+
+
+def test_an_end_of_sequence_is_not_doubled(words: Any) -> None:
+    plain, _ = tokenise([{"prompt": "say:", "completion": " a"}], words, "completions")
+    closed, _ = tokenise([{"prompt": "say:", "completion": " a<eos>"}], words, "completions")
+    assert plain.completions[0].tolist() == closed.completions[0].tolist()
+    assert plain.completions[0].tolist().count(words.eos_token_id) == 1
+    assert plain.prompts[0].tolist().count(words.bos_token_id) == 1 and words.bos_token_id not in plain.completions[0]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "completions"])
+def test_limits_cut_and_drop_and_are_counted(kind: Any, words: Any) -> None:
+    long, longer = " a b c d" * 3, "say a: " * 9
+    rows = [PAIR, {**PAIR, "chosen": long}, {**PAIR, "prompt": longer}]
+    full, _ = tokenise(rows, words, kind)
+    limit = len(full.prompts[0]) + 4
+    assert limit < len(full.prompts[1]) and max(full.completions.lengths) > 4
+    samples, report = tokenise(rows, words, kind, max_length=limit)
+    assert len(samples) == 2 and report.rows == 2
+    assert report.dropped == Counter({f"prompt reaches the limit of {limit} tokens": 1})
+    assert "say a: " in next(iter(report.examples.values()))
+    assert list(report.cut.values()) == [1]
+    lengths = samples.completions.lengths
+    assert max(lengths) == limit - len(samples.prompts[0])
+    for short, whole in ((samples.completions[i], full.completions[i]) for i in range(len(samples.completions))):
+        assert short.tolist() == whole[: len(short)].tolist(), "cut at the end"
+    with pytest.raises(UsageError, match=r"no usable row is left.*\n.*dropped 3 \(prompt reaches the limit of 2"):
+        tokenise(rows, words, kind, max_length=2)
+
+
+def test_columns_follow_their_rows(words: Any) -> None:
+    rows = [{**PAIR, "margin": 1.5, "level": 1}, {**PAIR, "prompt": "x" * 60, "margin": 9.0, "level": 2},
+            {"prompt": "hum:", "chosen": " m", "rejected": " n", "margin": 0, "level": 3}]  # fmt: skip
+    samples, _ = tokenise(rows, words, "pairs", max_length=30)
+    assert samples.pair_columns["margin"].tolist() == [1.5, 0.0] and samples.extra["level"] == [1, 3]
+    prompts, _ = tokenise(rows, words, "prompts")
+    assert prompts.extra["level"] == [1, 2, 3] and prompts.extra["prompt"] == [r["prompt"] for r in rows]
+    assert prompts.take([2, 0]).extra["level"] == [3, 1]
+
+
+# ------------------------------------------------------------------------------------------------ the store
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often the tokenizer was asked."""
+    calls: list[int] = []
+    for name in ("encode_prompts", "encode_sides"):
+        original = getattr(tokens_module, name)
+        monkeypatch.setattr(tokens_module, name, lambda *a, f=original: (calls.append(1), f(*a))[1])
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["pairs", "unpaired", "completions", "prompts"])
+def test_ids_are_stored_once_and_memory_mapped(kind: Any, words: Any, tmp_path: Path, encoded: list[int]) -> None:
+    rows = [PAIR, {"prompt": "hum:", "chosen": " m", "rejected": " n"}]
+    plain, _ = tokenise(rows, words, kind)
+    encoded.clear()
+    first, _ = tokenise(rows, words, kind, cache=tmp_path)
+    assert encoded
+    encoded.clear()
+    second, report = tokenise(rows, words, kind, cache=tmp_path)
+    assert not encoded and report.rows == len(plain)
+    facts = lambda s: [x.tolist() for x in (s.prompts.flat, s.completions.flat, s.completions.offsets, s.prompt_B)]  # noqa: E731
+    assert facts(first) == facts(second) == facts(plain)
+    if kind != "prompts":
+        assert isinstance(second.completions.flat, np.memmap)
+
+
+def test_what_changes_the_ids_changes_the_store(words: Any, tmp_path: Path, encoded: list[int]) -> None:
+    """Another text, kind, tokenizer or template: never somebody else's ids. A limit is not part of the store."""
+    other = learn_tokenizer(["say a: a b"], 262)
+    spoken = learn_tokenizer(["say a: a b"], 262)
+    spoken.chat_template = TEMPLATE
+    calls: list[dict[str, Any]] = [
+        {}, {"source": [{**PAIR, "chosen": " z"}]}, {"kind": "unpaired"}, {"tokenizer": other}, {"tokenizer": spoken},
+    ]  # fmt: skip
+    for call in calls:
+        encoded.clear()
+        tokenise(**{"source": [PAIR], "tokenizer": words, "kind": "pairs", "cache": tmp_path, **call})
+        assert encoded, call
+    encoded.clear()
+    cut, report = tokenise([PAIR], words, "pairs", cache=tmp_path, max_length=4)
+    assert not encoded and cut.completions.lengths.tolist() == [1, 1] and report.cut
+
+
+@pytest.mark.parametrize("missing", ["complete", "completions.flat.npy"])
+def test_a_half_written_store_is_not_believed(missing: str, words: Any, tmp_path: Path) -> None:
+    """A killed run leaves a folder aside, never one under the final name; one without its mark is written again."""
+    plain, _ = tokenise([PAIR], words, "pairs", cache=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    if missing != "complete":
+        (folder / missing).write_bytes(b"")
+    (folder / "complete").unlink()
+    again, _ = tokenise([PAIR], words, "pairs", cache=tmp_path)
+    assert again.completions.flat.tolist() == plain.completions.flat.tolist()
+    once_more, _ = tokenise([PAIR], words, "pairs", cache=tmp_path)
+    assert isinstance(once_more.completions.flat, np.memmap), "and the store is whole again"
+    assert [f.name for f in tmp_path.iterdir()] == [folder.name], "nothing is left aside"
+
+
+def test_the_store_is_a_list_of_ids(tmp_path: Path) -> None:
+    ragged = Ragged.of([[5, 6], [], [7]])
+    ragged.save(tmp_path, "x")
+    loaded = Ragged.load(tmp_path, "x")
+    assert isinstance(loaded.flat, np.memmap) and [loaded[i].tolist() for i in range(3)] == [[5, 6], [], [7]]
+    assert loaded.take([2, 0, 0, 1]).flat.tolist() == [7, 5, 6, 5, 6]
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_taking_rows_keeps_every_column_with_its_row(lengths: list[int], random: Any) -> None:
+    owners = [random.randrange(3) for _ in lengths]
+    ids = [[100 * b + t for t in range(n)] for b, n in enumerate(lengths)]
+    samples = Samples(
+        "completions", Ragged.of([[7], [8, 8], [9]]), Ragged.of(ids), np.array(owners),
+        columns={"row": torch.arange(len(ids))}, tokens={"id": torch.tensor([float(x) for row in ids for x in row])},
+        extra={"prompt": ["a", "b", "c"]},
+    )  # fmt: skip
+    rows = [random.randrange(len(ids)) for _ in range(random.randrange(1, 9))]
+    taken = samples.take(rows)
+    assert taken.columns["row"].tolist() == rows and len(taken) == len(rows)
+    assert taken.tokens["id"].tolist() == [float(x) for r in rows for x in ids[r]] == taken.completions.flat.tolist()
+    assert [taken.extra["prompt"][p] for p in taken.prompt_B] == ["abc"[owners[r]] for r in rows]
+    assert len(taken.prompts) == len({owners[r] for r in rows}), "shared prompts stay shared"
+    twice = concatenate([taken, samples])
+    both = [*rows, *range(len(ids))]
+    assert twice.columns["row"].tolist() == both and len(twice.prompts) == len(taken.prompts) + 3
+    assert [twice.extra["prompt"][p] for p in twice.prompt_B] == ["abc"[owners[r]] for r in both]
+
+
+def test_scatter_is_differentiable_and_fills_with_zeros() -> None:
+    mask_BT = torch.tensor([[True, True, False], [False, False, False], [True, False, False]])
+    flat_C = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    found = scatter(flat_C, mask_BT)
+    assert found.tolist() == [[1, 2, 0], [0, 0, 0], [3, 0, 0]]
+    (found * torch.arange(9.0).view(3, 3)).sum().backward()
+    assert flat_C.grad.tolist() == [0.0, 1.0, 6.0]
+
+
+def test_reports_are_words() -> None:
+    report = Report("d.jsonl", "prompt", rows=3)
+    report.drop("too long", "x" * 999)
+    report.drop("too long", "y")
+    report.cut["cut"] = 2
+    head, dropped, cut = report.lines()
+    assert head == "data d.jsonl: 3 rows, type prompt" and cut == "  2 cut"
+    assert dropped.startswith("  dropped 2 (too long); for example xxx") and len(dropped) < 400
