@@ -146,9 +146,9 @@ def _answer(model: Any, rows: list[dict[str, Any]], n: int, sampling: Sampling, 
 
 
 def _score(judge: Any, answers: Samples, tokenizer: Any) -> np.ndarray:
-    if isinstance(judge, str | Path) and Path(judge).is_dir():  # it reads the policy's ids, so they must mean the same
-        if load_tokenizer(judge).get_vocab() != tokenizer.get_vocab():
-            raise UsageError(f"judge {str(judge)!r} has another tokenizer than a model it should judge.")
+    reads_ids = isinstance(judge, str | Path) and Path(judge).is_dir()  # the policy's ids, which must mean the same
+    if reads_ids and load_tokenizer(judge).get_vocab() != tokenizer.get_vocab():
+        raise UsageError(f"judge {str(judge)!r} has another tokenizer than a model it should judge.")
     scores = resolve_reward(judge, tokenizer)(answers).numpy().astype(np.float64)
     if np.isnan(scores).any():
         raise UsageError(f"the judge gave no score for {int(np.isnan(scores).sum())} answers; it must judge every one.")

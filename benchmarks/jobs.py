@@ -18,13 +18,16 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import prefzoo
+import prefzoo.losses
 from prefzoo.plugins import import_file
 from prefzoo.registry import UsageError
 
@@ -59,10 +62,14 @@ class Outcome:
 
 @cache
 def layer_hash() -> str:
-    """Hash of the source of the shared layer and of the jobs: what every result depends on."""
-    root = Path(prefzoo.__file__).parent
-    files = sorted([*root.rglob("*.py"), *(Path(__file__).with_name(n) for n in ("jobs.py", "tasks.py"))])
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
+    """Hash of the source of the shared layer, of the jobs and of what losses share: what every result depends on.
+
+    Registered losses are left out: each counts for the cells that use it (``Job.sources``).
+    """
+    root, shared = Path(prefzoo.__file__).resolve().parent, Path(prefzoo.losses.__file__).resolve().parent
+    files = {*root.rglob("*.py"), *(Path(__file__).with_name(n) for n in ("jobs.py", "tasks.py"))}
+    files |= {shared / f"{n}.py" for n in ("base", "advantages", "kl", "numerics")}
+    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:16]
 
 
 def keys_of(jobs: Sequence[Job]) -> dict[str, str]:
@@ -119,21 +126,31 @@ def run_jobs(
                 elif len(running) < workers and all(n in done for n in job.needs.values()):
                     waiting.remove(job)
                     inputs = {k: folders[n] for k, n in job.needs.items()}
-                    future = pool.submit(_work, job.call, dict(job.params), inputs, folders[job.name])
+                    try:
+                        future = pool.submit(_work, job.call, dict(job.params), inputs, folders[job.name])
+                    except concurrent.futures.process.BrokenProcessPool:
+                        raise _died(running.values()) from None
                     running[future] = job
             if not running:
                 continue
             ready, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in ready:
-                job = running.pop(future)
                 try:
                     facts, error = future.result()
                 except concurrent.futures.process.BrokenProcessPool:
-                    facts, error = None, "its process died (killed, or out of memory)"
-                    finish(Outcome(job.name, keys[job.name], folders[job.name], facts, error))
-                    raise UsageError(f"{job.name}: {error}; run the same command again to go on.") from None
+                    raise _died(running.values()) from None
+                job = running.pop(future)
                 finish(Outcome(job.name, keys[job.name], folders[job.name], facts, error))
     return done
+
+
+def _died(running: Iterable[Job]) -> UsageError:
+    """Which of the processes it was is not known: when one dies, the others are stopped."""
+    names = " or ".join(j.name for j in running) or "a job"
+    return UsageError(
+        f"{names}: its process died (killed, or out of memory); run the same command again to go on, "
+        "with fewer --workers if memory was short."
+    )
 
 
 def _begin(imports: Sequence[Path]) -> None:
@@ -157,7 +174,10 @@ def _leave_with_parent() -> None:
 
 def _work(call: str, params: dict[str, Any], inputs: dict[str, Path], folder: Path) -> tuple[Any, str | None]:
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    failed = folder.with_name(f"{folder.name}.failed")
+    left = [f for f in folder.parent.glob(f".{folder.name}.*") if not psutil.pid_exists(int(f.suffix[1:]))]
+    for stale in (failed, aside, *left):  # of a call that failed, or of processes that were killed
+        shutil.rmtree(stale, ignore_errors=True)
     aside.mkdir(parents=True)
     module, _, function = call.partition(":")
     started = time.monotonic()
@@ -165,10 +185,9 @@ def _work(call: str, params: dict[str, Any], inputs: dict[str, Path], folder: Pa
     try:
         facts = getattr(importlib.import_module(module), function)(params, inputs, aside)
     except Exception as error:  # a failed cell is kept and shown; it must not take the suite with it
-        reason = str(error) if isinstance(error, UsageError | RuntimeError) else traceback.format_exc(limit=-4)
+        told = isinstance(error, UsageError | RuntimeError) and str(error).strip()
+        reason = str(error) if told else traceback.format_exc(limit=-4)
         (aside / "error.txt").write_text(traceback.format_exc())
-        failed = folder.with_name(f"{folder.name}.failed")
-        shutil.rmtree(failed, ignore_errors=True)
         aside.rename(failed)
         return None, reason
     facts = {**facts, "seconds": time.monotonic() - started, "peak_memory": _peak_memory()}

@@ -107,7 +107,8 @@ def terminal(results: Result, width: int = 132) -> str:
         "this run only: one seed, intervals over prompts" if results["this_run_only"] else f"{results['seeds']} seeds"
     )
     for name, task in results["tasks"].items():
-        table = Table(title=f"{results['suite']} / {name}   [{stamp}]", box=SIMPLE_HEAD, title_justify="left")
+        size = f"{task.get('test_prompts', results['test_prompts'])} prompts × {results['samples']} answers"
+        table = Table(title=f"{results['suite']} / {name}   {size}   [{stamp}]", box=SIMPLE_HEAD, title_justify="left")
         columns = [
             "method",
             "win vs start, %",

@@ -72,6 +72,7 @@ def collect(suite: Suite, plan: Plan, outcomes: Mapping[str, Outcome], folder: P
         tasks[task.name] = {
             "kind": task.kind,
             "metric": task.metric,
+            "test_prompts": next((len(a.clusters) for a in answers.values()), 0),
             "shared": shared,
             "reused": [o.name for c in cells.values() for o in c if o.reused],
             "failed": {o.name: o.error for o in outcomes.values() if o.error and o.name.startswith(f"{task.name}/")},

@@ -181,11 +181,16 @@ def verifiable() -> Suite:
 @SUITES.register
 def pairs() -> Suite:
     """All algorithms on your own preference pairs, from a tiny model, judged by a reward model they never saw."""
+    smaller: dict[str, Any] = {
+        "ppo": {"options": {**SEVEN[1].options, "prompts_per_step": 128}},
+        "rejection_sampling": {"options": {"prompts_per_round": 160}, "training": {"max_steps": 2}},
+        "ipo": {"training": {}},
+    }
     task = Task(
         name="pairs",
         kind="pairs",
         metric="judge",
-        methods=SEVEN,
+        methods=tuple(replace(m, **smaller.get(m.name, {})) for m in SEVEN),
         settings={
             "data": None, "start_seed": 0, "start_steps": 300, "start_rows": 16, "start_rate": 2e-3, "vocabulary": 2048,
             "max_length": 384, "reward_rate": 5e-4, "reward_rows": 16, "reward_epochs": 2, "sft_more_rate": 5e-4,

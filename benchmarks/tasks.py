@@ -141,7 +141,7 @@ def _train_reward_model(start: Path, data: Any, s: Mapping[str, Any], seed: int,
 
 
 def _standardise(folder: Path, answers: Samples, tokenizer: Any) -> np.ndarray:
-    """Give the reward model mean 0 and standard deviation 1 on these answers, so that beta means the same in every run."""
+    """Give the reward model mean 0 and standard deviation 1 on these answers, so that beta means the same each time."""
     scorer = load_scorer(folder)
     raw = ModelReward(scorer)(answers)
     scorer.offset.fill_(float(raw.mean()))

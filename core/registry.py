@@ -12,6 +12,8 @@ import hashlib
 import importlib
 import importlib.metadata
 import inspect
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,13 +60,17 @@ class Entry:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     def check_options(self, options: Mapping[str, Any], kind: str) -> None:
-        """Refuse an option that the function does not have."""
-        for key in options:
+        """Refuse an option that the function does not have, or a value that its annotation does not allow."""
+        hints = typing.get_type_hints(self.function)
+        for key, value in options.items():
             if key not in self.options:
                 raise UsageError(
                     f"{kind} {self.name!r} has no option {key!r}{suggest(key, self.options)} "
                     f"Its options: {', '.join(self.options) or 'none'}."
                 )
+            if key in hints and not _allows(hints[key], value):
+                wanted = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
+                raise UsageError(f"{kind} {self.name!r}, option {key!r}: expected {wanted}, got {value!r}.")
 
     def source_hash(self) -> str:
         """Hash of the file that defines the function, so that edited mathematics never gets an old result.
@@ -156,6 +162,19 @@ class Registry:
         """Sorted names that match a shell pattern."""
         self._load()
         return sorted(fnmatch.filter(self._entries, pattern))
+
+
+def _allows(hint: Any, value: Any) -> bool:
+    """Whether a value fits an annotation of plain types, literals and unions; other annotations allow anything."""
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_allows(part, value) for part in typing.get_args(hint))
+    if hint is type(None):
+        return value is None
+    if hint in (int, float):  # True is an int to Python, and never meant as one
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str) else True
 
 
 def _same_definition(old: Callable[..., Any], new: Callable[..., Any]) -> bool:

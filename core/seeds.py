@@ -27,7 +27,7 @@ def uniforms(seed: int, keys_R: np.ndarray, steps: int) -> np.ndarray:
     Counter-based (splitmix64 finaliser): a row's numbers do not depend on which rows stand beside it.
     """
     with np.errstate(over="ignore"):
-        rows = _mix(_mix(np.asarray(keys_R).astype(np.uint64)) ^ _mix(np.asarray([seed]).astype(np.uint64)))
+        rows = _mix(_mix(np.asarray([seed]).astype(np.uint64)) + np.asarray(keys_R).astype(np.uint64))
         counters = np.arange(1, steps + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         return (_mix(rows[:, None] + counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

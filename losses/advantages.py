@@ -23,8 +23,12 @@ def _centred(rewards_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
     """Rewards minus the mean of their group (0 where missing), and how many of the group are known; (B,) both."""
     known_B = ~rewards_B.isnan()
     size_B = _group_sum(known_B.to(rewards_B.dtype), group_B)
-    mean_B = _group_sum(masked(rewards_B, known_B), group_B) / size_B.clamp(min=1)
-    return masked(rewards_B - mean_B, known_B), size_B
+    # From the group's largest on: equal rewards are then exactly 0, which R - mean(R) is not after rounding.
+    index_B = torch.unique(group_B, return_inverse=True)[1]
+    lowest = torch.full_like(rewards_B, -torch.inf)
+    largest_B = lowest.scatter_reduce(0, index_B, rewards_B.nan_to_num(nan=-torch.inf), "amax")[index_B]
+    below_B = masked(rewards_B - largest_B, known_B)
+    return masked(below_B - _group_sum(below_B, group_B) / size_B.clamp(min=1), known_B), size_B
 
 
 @torch.no_grad()

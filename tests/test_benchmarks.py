@@ -37,6 +37,9 @@ from prefzoo.benchmarks.suites import SFT_MORE, START, SUITES, Method, Suite, Ta
 from prefzoo.losses import LOSSES
 from prefzoo.registry import UsageError
 
+# Faults that were reported with a diff for suites.py, tasks.py, runner.py and the template: remove with the fix.
+REPORTED = pytest.mark.xfail(strict=True, reason="reported with a diff")
+
 
 class Threads(concurrent.futures.ThreadPoolExecutor):
     """Threads of this process instead of new ones, which need seconds to import torch."""
@@ -67,7 +70,8 @@ def add(params, inputs, folder):
 
 def moody(params, inputs, folder):
     if not Path(params["cure"]).exists():
-        raise {"words": UsageError("the pan is too hot"), "bug": KeyError("pan"), "mute": RuntimeError()}[params["mood"]]
+        moods = {"words": UsageError("the pan is too hot"), "bug": KeyError("pan"), "mute": RuntimeError()}
+        raise moods[params["mood"]]
     return {"sum": 1}
 
 def die(params, inputs, folder):
@@ -159,6 +163,21 @@ def test_a_key_covers_what_the_job_is_made_from_and_nothing_else(monkeypatch: py
     assert changed(job("a")) == set("abcd")
 
 
+def test_the_layer_is_everything_that_no_registered_function_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shared layer, the jobs and what losses share count for all cells; a loss for the cells that use it."""
+    read: set[Path] = set()
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda file: (read.add(file.resolve()), whole(file))[1])
+    jobs.layer_hash.__wrapped__()
+    core, losses, own = (Path(m.__file__).resolve().parent for m in (prefzoo, prefzoo.losses, benchmarks))
+    assert set(core.rglob("*.py")) | {own / "jobs.py", own / "tasks.py"} <= read
+    catalogue = (losses / "catalogue.py").read_text()
+    for file in losses.glob("*.py"):
+        registers = re.search(rf"\b{file.stem}\b", catalogue)
+        assert registers or file in read or file.stem in ("__init__", "catalogue"), f"{file.name} counts for nothing"
+        assert not registers or file not in read or core in file.parents, f"{file.name} counts for every cell"
+
+
 def test_a_failed_job_fails_what_needs_it_and_nothing_else(kitchen: SimpleNamespace, in_threads: None) -> None:
     line = [
         kitchen.moody("words", "words"), kitchen.moody("bug", "bug"), kitchen.moody("mute", "mute"),
@@ -187,7 +206,7 @@ def test_a_failed_job_fails_what_needs_it_and_nothing_else(kitchen: SimpleNamesp
 def test_a_half_written_folder_is_no_result_and_is_cleaned(kitchen: SimpleNamespace, in_threads: None) -> None:
     job = kitchen.job("a", 3)
     whole = kitchen.out / "cells" / f"a-{keys_of([job])['a']}"
-    aside = whole.with_name(f".{whole.name}.999999")  # of a process that is gone
+    aside = whole.with_name(f".{whole.name}.4194309")  # of a process that is gone
     for folder in (whole, aside):
         folder.mkdir(parents=True)
         (folder / "half.txt").write_text("half")
@@ -281,7 +300,9 @@ def interval(y_N: np.ndarray, clusters: list[str]) -> tuple[float, float, float]
 def test_results_hold_everything_that_a_reader_needs(finished: Finished) -> None:
     stored = json.loads((finished.folder / "results.json").read_text(), parse_constant=lambda c: pytest.fail(c))
     assert stored == json.loads(json.dumps(finished.results))
-    assert {"suite", "budget", "seeds", "this_run_only", "test_prompts", "samples", "tasks", "environment"} <= set(stored)
+    assert {"suite", "budget", "seeds", "this_run_only", "test_prompts", "samples", "tasks", "environment"} <= set(
+        stored
+    )
     assert stored["this_run_only"] is True and list(stored["tasks"]) == ["requests", "sums"]
     assert stored["environment"]["prefzoo"] == prefzoo.__version__
     for name, task in stored["tasks"].items():
@@ -296,9 +317,7 @@ def test_results_hold_everything_that_a_reader_needs(finished: Finished) -> None
     assert "proxy" in requests["methods"]["dpo"]["means"]
     assert 0 <= requests["shared"]["reward_model"]["accuracy_against_gold"] <= 1
     assert requests["curves"]["grpo"]["steps"][0] == 0 and list(requests["curves"]) == ["grpo"]
-    assert stored["tasks"]["sums"]["not_applicable"] == {
-        "dpo": "this world has no preference labels, only a verifier"
-    }
+    assert stored["tasks"]["sums"]["not_applicable"] == {"dpo": "this world has no preference labels, only a verifier"}
 
 
 def test_every_win_rate_follows_from_the_stored_rows(finished: Finished) -> None:
@@ -368,7 +387,9 @@ def test_verdicts_are_holms_over_all_pairs_of_trained_methods(finished: Finished
 
 def test_swapping_two_methods_negates(finished: Finished) -> None:
     task = finished.suite.tasks[0]
-    files = {m: next((finished.folder / "cells").glob(f"requests-{m}-0-*/rows.parquet")) for m in ("start", "dpo", "grpo")}
+    files = {
+        m: next((finished.folder / "cells").glob(f"requests-{m}-0-*/rows.parquet")) for m in ("start", "dpo", "grpo")
+    }
     forward = {m: Answers.read([files[m]]) for m in ("start", "dpo", "grpo")}
     backward = {m: forward[m] for m in ("grpo", "start", "dpo")}
     (one,), (other,) = (benchmarks.results._pairs(task, answers) for answers in (forward, backward))
@@ -484,6 +505,30 @@ def test_no_prompt_is_used_for_two_purposes(finished: Finished) -> None:
     assert tested and not tested & taught
 
 
+@REPORTED
+def test_a_reward_algorithm_on_a_world_with_a_verifier_alone_gets_the_verifier(
+    finished: Finished, tmp_path: Path, in_threads: None
+) -> None:
+    suite = small_suite(sums_task((START, dataclasses.replace(GRPO, curve=False), SFT_MORE), **SMALL))
+    task = benchmarks.run(suite, out=finished.copy(tmp_path), workers=1, quiet=True)["tasks"]["sums"]
+    assert task["failed"] == {} and task["methods"]["grpo"]["spent"]["reward_calls"] > 0
+
+
+@REPORTED
+def test_sft_more_has_nothing_to_match_where_nothing_was_trained(finished: Finished, tmp_path: Path) -> None:
+    suite = small_suite(sums_task((START, DPO, SFT_MORE), **SMALL))
+    assert list(plan(suite).not_applicable["sums"]) == ["dpo", "sft_more"]
+    task = benchmarks.run(suite, out=finished.copy(tmp_path), workers=1, quiet=True)["tasks"]["sums"]
+    assert task["failed"] == {} and list(task["methods"]) == ["start"]
+
+
+@REPORTED
+def test_a_file_is_refused_by_a_suite_that_brings_its_own_data(tmp_path: Path) -> None:
+    (tmp_path / "hh.jsonl").write_text(json.dumps(dialogue(0, 0)) + "\n")
+    with pytest.raises(UsageError, match="brings its own data"):
+        benchmarks.run("quick", data=tmp_path / "hh.jsonl", algorithms=["dpo"], out=tmp_path / "out", workers=0)
+
+
 # ------------------------------------------------------------------------------------------------- a user's own loss
 
 MY_SUITE = f"""
@@ -534,7 +579,11 @@ def test_an_edited_loss_is_trained_again_and_its_neighbour_is_kept(
     assert re.search(r"^\s*my_hinge ", table, re.M) and re.search(r"^\s*dpo ", table, re.M)
     prefzoo.testing.check_loss("my_hinge")
 
-    loss.write_text(MY_LOSS.replace("batch.chosen_ratio_B - batch.rejected_ratio_B", "batch.rejected_ratio_B - batch.chosen_ratio_B"))
+    loss.write_text(
+        MY_LOSS.replace(
+            "batch.chosen_ratio_B - batch.rejected_ratio_B", "batch.rejected_ratio_B - batch.chosen_ratio_B"
+        )
+    )
     _, ran, second = bench()
     assert ran == ["my_hinge/0", "sft_more/0"], "sft_more reads how much the others trained"
     assert first["prompt_text"] == second["prompt_text"]
@@ -584,7 +633,10 @@ def finished_pairs(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_thirds_share_no_first_turn_and_lose_no_row(finished_pairs: Finished) -> None:
     data = next((finished_pairs.folder / "cells").glob("pairs-data-*"))
-    thirds = {t: [json.loads(x) for x in (data / f"{t}.jsonl").read_text().split("\n") if x] for t in ("train", "judge", "test")}
+    thirds = {
+        t: [json.loads(x) for x in (data / f"{t}.jsonl").read_text().split("\n") if x]
+        for t in ("train", "judge", "test")
+    }
     topics = {t: {int(re.search(r"number (\d+) \?", r["prompt"])[1]) for r in rows} for t, rows in thirds.items()}
     assert sum(map(len, topics.values())) == 60 and set().union(*topics.values()) == set(range(60))
     assert min(map(len, topics.values())) >= 8
@@ -616,11 +668,21 @@ def test_pairs_end_to_end(finished_pairs: Finished) -> None:
     assert [win[k] for k in ("mean", "low", "high")] == pytest.approx(expected, abs=1e-12)
 
 
+@REPORTED
+def test_rows_survive_every_line_separator(tmp_path: Path) -> None:
+    """JSON escapes control characters, but not U+2028, U+2029 and U+0085, at which str.splitlines breaks a line."""
+    rows = [{"prompt": f"one{c}line"} for c in "\n\r\x0b\x0c\x1c\x85\u2028\u2029"]
+    tasks._write_rows(tmp_path / "rows.jsonl", rows)
+    assert tasks._read_rows(tmp_path / "rows.jsonl") == rows
+
+
 def test_the_judge_has_its_own_third_and_seed(tmp_path: Path) -> None:
     (tmp_path / "hh.jsonl").write_text(json.dumps(dialogue(0, 0)) + "\n")
     task = dataclasses.replace(PAIRS, settings={**PAIRS.settings, "data": str(tmp_path / "hh.jsonl")})
     by_name = {j.name: j for j in plan(small_suite(task)).jobs}
-    assert by_name["pairs/judge"].params["third"] == "judge" and by_name["pairs/reward_model"].params["third"] == "train"
+    assert (
+        by_name["pairs/judge"].params["third"] == "judge" and by_name["pairs/reward_model"].params["third"] == "train"
+    )
     assert tasks.derive_seed(0, "reward model", "judge") != tasks.derive_seed(0, "reward model", "train")
     keys = keys_of(plan(small_suite(task)).jobs)
     assert keys["pairs/judge"] != keys["pairs/reward_model"]
@@ -656,7 +718,7 @@ def test_choosing_algorithms_keeps_the_baselines() -> None:
     assert [t.name for t in both.tasks] == ["requests", "sums"]
 
 
-@pytest.mark.parametrize("suite", SUITES.names())
+@pytest.mark.parametrize("suite", ["quick", "verifiable", pytest.param("pairs", marks=REPORTED)])
 def test_budgets_are_what_the_suite_says(suite: str) -> None:
     """Sampled completions of every rollout method, counted from its own composition."""
     numbers = {int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d", benchmarks.get_suite(suite).budget)}
@@ -709,6 +771,37 @@ def test_failures_are_shown_with_their_reason(finished: Finished, tmp_path: Path
         assert all(cell in text for cell in reasons)
         assert "KeyError: 'oven'" in text and "Traceback" not in text
         assert "shapes [batch, token] and [/batch] differ" in text, "brackets are words, not colours"
+
+
+@REPORTED
+def test_a_judge_that_failed_leaves_a_report(finished_pairs: Finished, tmp_path: Path) -> None:
+    def edit(results: dict[str, Any]) -> None:
+        task = results["tasks"]["pairs"]
+        task.pop("judge_accuracy")
+        failed = {"pairs/judge": "no memory", "pairs/dpo/0": "it needs pairs/judge, which failed"}
+        task |= {"methods": {}, "pairs": [], "failed": failed}
+        task["shared"]["judge"] = {"error": "no memory"}
+
+    for text in rendered(edited(finished_pairs, edit), tmp_path):
+        assert "pairs/judge" in text and "no memory" in text
+
+
+@REPORTED
+def test_the_report_counts_the_prompts_that_were_judged(finished_pairs: Finished, tmp_path: Path) -> None:
+    """A file of pairs may have fewer test prompts than the suite asks for."""
+    folder = finished_pairs.copy(tmp_path)
+    many = dataclasses.replace(finished_pairs.suite, test_prompts=5_000)
+    few = len(set(finished_pairs.rows("pairs")["prompt_text"]))
+    assert benchmarks.report(folder) and few == 16
+    assert "16 test prompts" in (folder / "report.md").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(concurrent.futures, "ProcessPoolExecutor", Threads)
+        data = finished_pairs.folder.parent / "hh.jsonl"
+        results = benchmarks.run(many, data=data, algorithms=["dpo"], out=folder, workers=1, quiet=True)
+    found = results["tasks"]["pairs"]["test_prompts"]
+    assert 16 < found < 5_000
+    assert f"{found} prompts × 2 answers" in benchmarks.report(folder)
+    assert f"{found} test prompts" in (folder / "report.md").read_text()
 
 
 def test_a_suite_where_everything_failed_says_why(

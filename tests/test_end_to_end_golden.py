@@ -229,7 +229,7 @@ def test_training_gives_the_gradient_of_every_parameter() -> None:
 def engine_of(algorithm: Algorithm, data: Samples, words: Any, **roles: Any) -> Engine:
     policy = roles.pop("policy", None) or load_policy(POLICY)
     (stage,) = algorithm.stages
-    config, log = TrainConfig.of(PLAIN, {"rows_per_step": 8}), RunLog(None, "golden", 2, quiet=True)
+    config, log = TrainConfig.of(PLAIN, {"rows_per_step": 8}), RunLog(None, "golden", quiet=True)
     return Engine(stage, config, tokenizer=words, policy=policy, data=data, log=log, **roles)
 
 

@@ -90,6 +90,14 @@ def start() -> Start:
     return Start(run.model, words, tiny_model(words, seed=1))
 
 
+@pytest.fixture(scope="module")
+def gambler(start: Start) -> Start:
+    """It answers b three times in four, c else."""
+    rows = [{"prompt": "b or c:", "completion": answer} for answer in (" b", " b", " b", " c")]
+    run = start.fit("sft", rows, optimizer="adamw", learning_rate=3e-3, max_steps=40, rows_per_step=4)
+    return replace(start, model=run.model)
+
+
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
     """Every engine that ``train`` makes during the test."""
@@ -311,7 +319,6 @@ def test_a_constant_reward_teaches_nothing(algorithm: Algorithm, constant: float
         assert row["grad_norm"] == 0.0 and row["frac_reward_zero_std"] == 1.0 and row["reward_std"] == 0.0
 
 
-@pytest.mark.xfail(strict=True, reason="advantages._centred: R - mean(R) of equal float32 rewards is not 0")
 @pytest.mark.parametrize("credit", [GroupRelative(), GroupRelative(std=False), LeaveOneOut()], ids=repr)
 def test_equal_rewards_have_no_advantage_whatever_their_rounding(credit: Any) -> None:
     """7.4e-5 instead of 0 for eight rewards of 0.1, 0.009 for seven of 15.7; AdamW makes full steps of it."""
@@ -501,13 +508,13 @@ def test_a_reward_model_learns_the_pairs(options: dict[str, Any], start: Start) 
     ("rlvr", {"estimator": "leave_one_out"}),
     ("rejection_sampling", {"epochs_per_round": 1}),
 ], ids=str)  # fmt: skip
-def test_a_bandit_is_learned(name: str, options: dict[str, Any], start: Start) -> None:
-    """One step of state, a reward for one of its answers: the share of it rises from a few per cent to most."""
+def test_a_bandit_is_learned(name: str, options: dict[str, Any], gambler: Start) -> None:
+    """One state and two answers, a reward for the rarer one: its share rises by a quarter and more."""
     adam = {"optimizer": "adamw", "learning_rate": 2e-3, "max_steps": 25, "logging_steps": 5}
     reward = lambda completions: [float("c" in c) for c in completions]  # noqa: E731
-    run = start.fit(small(name, **options), dataset=[{"prompt": "b or c:"}], reward=reward, **adam)
+    run = gambler.fit(small(name, **options), dataset=[{"prompt": "b or c:"}], reward=reward, **adam)
     first, last = run.history[0]["reward"], run.history[-1]["reward"]
-    assert first < 0.4 and last > 0.7, (first, last)
+    assert last > first + 0.25, (first, last)
 
 
 # ------------------------------------------------------------------------------------------------ bookkeeping

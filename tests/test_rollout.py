@@ -218,7 +218,8 @@ def test_rows_that_finish_are_dropped_without_a_trace(policy: Policy) -> None:
     endless = sample(policy, n=8, seed=5, eos=-1)
     cut = [row[: row.index(EOS) + 1] if EOS in row else row for row in texts(endless)]
     assert texts(dropping) == cut
-    assert {len(row) for row in cut} >= {1, 2, 4, 20}, "early, late and never: the slab shrinks more than once"
+    lengths = {len(row) for row in cut}
+    assert len(lengths) >= 5 and min(lengths) < 4 and 20 in lengths, "early, late, never: the slab shrinks repeatedly"
     kept = torch.cat([
         endless.tokens["old_logps"][s : s + len(row)]
         for s, row in zip(endless.completions.offsets, cut, strict=False)
@@ -287,7 +288,6 @@ def test_a_rows_numbers_are_its_own() -> None:
     assert np.array_equal(uniforms(5, np.arange(50), 30), whole)
 
 
-@pytest.mark.xfail(strict=True, reason="seeds.uniforms is symmetric in seed and row: (1, 2) is (2, 1)")
 def test_no_number_appears_twice() -> None:
     """Across steps, rows and seeds; small seeds meet small row keys, and must not become each other."""
     numbers = np.stack([uniforms(seed, np.arange(40), 40) for seed in range(40)])

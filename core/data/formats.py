@@ -297,6 +297,11 @@ def convert(data: Dataset, to: DataType) -> Dataset:
             f"Types that can: {', '.join([to, *possible])}."
         )
     rows = [new for row in data.rows for new in conversion(row)]
+    report = Report(data.report.source, to)
     if to == "prompt":  # several rows of one prompt are one prompt
-        rows = list({json.dumps(r, sort_keys=True, default=str): r for r in rows}.values())
-    return Dataset(rows, to, Report(data.report.source, to, rows=len(rows)))
+        distinct = list({json.dumps(r, sort_keys=True, default=str): r for r in rows}.values())
+        if len(distinct) < len(rows):
+            report.cut["rows left out that ask the same as another"] = len(rows) - len(distinct)
+        rows = distinct
+    report.rows = len(rows)
+    return Dataset(rows, to, report)

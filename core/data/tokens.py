@@ -95,7 +95,10 @@ def tokenise(
     """
     data = load_dataset(source, strict=strict)
     dropped, data = data.report, convert(data, KIND_TO_TYPE[kind])
-    report = Report(data.report.source, data.type, dropped=dropped.dropped.copy(), examples=dict(dropped.examples))
+    report = Report(
+        data.report.source, data.type, dropped=dropped.dropped.copy(), cut=data.report.cut.copy(),
+        examples=dict(dropped.examples),
+    )  # fmt: skip
     prompts = [r["prompt"] for r in data.rows]
     folder = None
     if cache is not None:

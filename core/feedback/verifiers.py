@@ -14,7 +14,8 @@ from prefzoo.registry import Registry, UsageError
 VERIFIERS = Registry("verifier")
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+# A sign belongs to a number unless something stands before it that it could be subtracted from: "3-4" ends in 4.
+_NUMBER = re.compile(r"(?:(?<![\d)])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?:(?<![\d)])[-+])?\.\d+")
 
 
 @VERIFIERS.register

@@ -111,6 +111,8 @@ def load_causal(source: str | Path | PreTrainedModel, *, dtype: torch.dtype = to
         raise UsageError(
             f"model {str(source)!r}: no causal language model could be loaded from it ({_first_line(error)})."
         ) from error
+    if any("SequenceClassification" in name for name in model.config.architectures or ()):
+        raise UsageError(f"model {str(source)!r} is a sequence classifier (a reward model?), not a language model.")
     return _prepare(model)
 
 

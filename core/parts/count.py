@@ -33,6 +33,7 @@ class Count:
     (a pair, a ranking and a completion are rows of their families). ``row_sum``: mean_b sum_t l_bt.
     ``constant``: sum l_bt / (B x constant). ``weight``: sum_b w_b l_b / sum_b w_b.
 
+    >>> import torch
     >>> loss_BT, mask_BT = torch.tensor([[1.0, 2.0], [3.0, 9.0]]), torch.tensor([[True, True], [True, False]])
     >>> [round(float(Count(u).mean(loss_BT, mask_BT)), 4) for u in ("token", "row", "row_sum")]
     [2.0, 2.25, 3.0]

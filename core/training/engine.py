@@ -99,6 +99,7 @@ class Engine:
         self.trained = {role: self._trained(role, modules[role]) for role in stage.trains}
         self.rollouts = LoopEngine(policy, tokenizer.eos_token_id) if stage.on_policy else None
         self.window = Meter()
+        self.epoch = 0.0
 
     def _trained(self, role: str, module: nn.Module | None) -> Trained:
         assert module is not None, role
@@ -166,7 +167,7 @@ class Engine:
             if last_of_step and (step % self.config.logging_steps == 0 or step == total):
                 self.spent.seconds = time.monotonic() - started
                 values = self.window.means()
-                values |= {"num_tokens": float(self.spent.trained_tokens)}
+                values |= {"epoch": self.epoch, "num_tokens": float(self.spent.trained_tokens)}
                 self.window.clear()
                 self.log.metrics(step, values)
                 yield step, values
@@ -181,7 +182,7 @@ class Engine:
             if place == 0:
                 order = self._order("order", epoch, len(self.data))
             chosen = order[place * rows : (place + 1) * rows]
-            self.window.add("epoch", (step + 1) / per_epoch)
+            self.epoch = (step + 1) / per_epoch
             self._optimizer_step(self.data.take(chosen), step / total, step)
             yield step + 1, True
 
@@ -189,6 +190,7 @@ class Engine:
         schedule = self.stage.schedule
         for step in range(total):
             samples = self._collect(step, total)
+            self.epoch = (step + 1) * schedule.prompts / len(self.data)
             rows = len(samples)
             if rows == 0:
                 self.window.add("skipped_steps", 1.0)

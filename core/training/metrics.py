@@ -15,6 +15,7 @@ from torch import Tensor
 class Meter:
     """Weighted means by name.
 
+    >>> import torch
     >>> meter = Meter()
     >>> meter.add("x", torch.tensor([1.0, 3.0]))
     >>> meter.add("x", torch.tensor([[5.0, 99.0]]), torch.tensor([[True, False]]))
@@ -53,10 +54,10 @@ class RunLog:
 
     SHOWN = ("loss", "reward", "rewards/margins", "rewards/accuracies", "kl", "learning_rate")
 
-    def __init__(self, folder: Path | None, title: str, total: int, quiet: bool = False) -> None:
+    def __init__(self, folder: Path | None, title: str, quiet: bool = False) -> None:
         self.folder = folder
         self.title = title
-        self.total = total
+        self.total = 0
         self.quiet = quiet
         self.history: list[dict[str, Any]] = []
         self._started = time.monotonic()
@@ -76,8 +77,14 @@ class RunLog:
             columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, TextColumn("{task.fields[numbers]}"), transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total, numbers="")
+            self._task = self._bar.add_task(self.title, total=None, numbers="")
         return self
+
+    def begin(self, total: int) -> None:
+        """A stage of so many steps begins."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.reset(self._task, total=total)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -110,18 +112,19 @@ def train(
     anchor = load_policy(reference).to(device).requires_grad_(False) if reference is not None else None
 
     spent, scorer = Spent(), None
-    history: list[dict[str, Any]] = []
-    for stage in chosen.stages:
-        with RunLog(folder, chosen.name, 0, quiet=quiet) as log:
+    with RunLog(folder, chosen.name, quiet=quiet) as log:
+        if anchor is not None and REFERENCE not in chosen.needs:
+            log.note(f"note: {chosen.name} needs no reference; reference= is ignored.")
+        for stage in chosen.stages:
             engine, scorer = _engine(stage, settings, policy, words, data, ptx_dataset, source, anchor, device, log)
-            log.total = engine.total_steps
+            log.begin(engine.total_steps)
             for step, values in engine.run():
                 if callback is not None:
                     callback(step, policy, values)
-        spent, history = _add(spent, engine.spent), [*history, *log.history]
+            spent = _add(spent, engine.spent)
     result = Run(
         chosen.name, None if chosen.trains_reward else policy, scorer if chosen.trains_reward else None, words,
-        spent, history, folder,
+        spent, log.history, folder,
     )  # fmt: skip
     if folder is not None:
         _write(result, chosen, settings, data, words, folder)
@@ -136,7 +139,7 @@ def _resolve(
     mathematics = {} if isinstance(algorithm, Algorithm) else algorithm_entry(algorithm).options
     for key in options:
         if key not in mathematics and key not in TrainConfig.model_fields:
-            known = [*mathematics, *TrainConfig.model_fields]
+            known = [*mathematics, *TrainConfig.model_fields, *inspect.signature(train).parameters]
             raise UsageError(f"neither algorithm {algorithm!r} nor training has an option {key!r}{suggest(key, known)}")
     mine = {k: v for k, v in options.items() if k in mathematics}
     given |= {k: v for k, v in options.items() if k not in mathematics}
@@ -199,7 +202,7 @@ def _reward(
     needs = any(REWARD in s.needs and REWARD not in s.trains for s in algorithm.stages)
     if not needs:
         if reward is not None and not quiet:
-            print(f"note: {algorithm.name} learns from the data's labels; reward= is ignored.", flush=True)
+            print(f"note: {algorithm.name} learns from the data's labels; reward= is ignored.", file=sys.stderr)
         return None
     if reward is None:
         raise UsageError(
