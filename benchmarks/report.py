@@ -73,17 +73,15 @@ def win_text(method: Result, baseline: str) -> str:
     return f"**{interval_text(win)}**" if clear else interval_text(win)
 
 
-def mean_text(method: Result, column: str) -> str:
+def mean_text(method: Result, column: str, *, bare: bool = False) -> str:
+    """A mean with half its interval, or alone."""
     estimate = method["means"].get(column)
     if estimate is None:
         return "–"
     half = (estimate["high"] - estimate["low"]) / 2
     digits = 1 if column == "tokens" else 2
-    return (
-        f"{estimate['mean']:.{digits}f} ± {half:.{digits}f}"
-        if math.isfinite(half)
-        else f"{estimate['mean']:.{digits}f}"
-    )
+    mean = f"{estimate['mean']:.{digits}f}"
+    return mean if bare or not math.isfinite(half) else f"{mean} ± {half:.{digits}f}"
 
 
 def points_text(difference: Result) -> str:
@@ -95,7 +93,7 @@ def signed_text(difference: Result) -> str:
     return f"{difference['mean']:+.2f} ({difference['low']:+.2f} to {difference['high']:+.2f})"
 
 
-def terminal(results: Result, width: int = 132) -> str:
+def terminal(results: Result, width: int = 120) -> str:
     """The leaderboard as plain text."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -125,8 +123,8 @@ def terminal(results: Result, width: int = 132) -> str:
         for method_name, method in ranked(task):
             table.add_row(
                 method_name, _plain_win(method, "start"), _plain_win(method, "sft_more"),
-                mean_text(method, task["metric"]), mean_text(method, "proxy"), mean_text(method, "kl"),
-                mean_text(method, "tokens"),
+                mean_text(method, task["metric"]),
+                *(mean_text(method, c, bare=True) for c in ("proxy", "kl", "tokens")),
                 f"{method['seconds']:.0f}", f"{method['peak_memory'] / 2**30:.2f}",
             )  # fmt: skip
         console.print(table)

@@ -45,6 +45,8 @@ def plan(suite: Suite) -> Plan:
             trained: list[str] = []
             for method in sorted(task.methods, key=lambda m: m.name == "sft_more"):
                 reason = _not_applicable(task, method)
+                if method.name == "sft_more" and not trained:
+                    reason = "no other method is trained here, so there is no count of tokens to match"
                 if reason:
                     refused[task.name][method.name] = reason
                     continue
@@ -173,6 +175,8 @@ def run(
         import_file(path)
     chosen = get_suite(suite) if isinstance(suite, str) else suite
     if data is not None:
+        if any(t.kind != "pairs" for t in chosen.tasks):
+            raise UsageError(f"suite {chosen.name!r} brings its own data; --data is for preference pairs: bench pairs.")
         tasks = tuple(dataclasses.replace(t, settings={**t.settings, "data": str(data)}) for t in chosen.tasks)
         chosen = dataclasses.replace(chosen, tasks=tasks)
     if seeds is not None:

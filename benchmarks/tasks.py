@@ -287,7 +287,8 @@ def _train_cell(
     if "reward" in made.needs:
         world = _world(params)
         verifies = any(type(stage.feedback).__name__ == "Verifier" for stage in made.stages)
-        reward = world.exact_reward if verifies and world else inputs["reward_model"] / "run" / "final"
+        checked = world is not None and (verifies or "reward_model" not in inputs)  # sums has no preferences to learn
+        reward = world.exact_reward if checked else inputs["reward_model"] / "run" / "final"
         if s["permuted"]:
             reward = Permuted(reward, tokenizer, derive_seed(seed, "permuted rewards"))
 
@@ -436,4 +437,4 @@ def _write_rows(path: Path, rows: Rows) -> None:
 
 
 def _read_rows(path: Path) -> Rows:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]  # a text may hold U+2028

@@ -38,7 +38,6 @@ from prefzoo.losses import LOSSES
 from prefzoo.registry import UsageError
 
 # Faults that were reported with a diff for suites.py, tasks.py, runner.py and the template: remove with the fix.
-REPORTED = pytest.mark.xfail(strict=True, reason="reported with a diff")
 
 
 class Threads(concurrent.futures.ThreadPoolExecutor):
@@ -505,7 +504,6 @@ def test_no_prompt_is_used_for_two_purposes(finished: Finished) -> None:
     assert tested and not tested & taught
 
 
-@REPORTED
 def test_a_reward_algorithm_on_a_world_with_a_verifier_alone_gets_the_verifier(
     finished: Finished, tmp_path: Path, in_threads: None
 ) -> None:
@@ -514,7 +512,6 @@ def test_a_reward_algorithm_on_a_world_with_a_verifier_alone_gets_the_verifier(
     assert task["failed"] == {} and task["methods"]["grpo"]["spent"]["reward_calls"] > 0
 
 
-@REPORTED
 def test_sft_more_has_nothing_to_match_where_nothing_was_trained(finished: Finished, tmp_path: Path) -> None:
     suite = small_suite(sums_task((START, DPO, SFT_MORE), **SMALL))
     assert list(plan(suite).not_applicable["sums"]) == ["dpo", "sft_more"]
@@ -522,11 +519,11 @@ def test_sft_more_has_nothing_to_match_where_nothing_was_trained(finished: Finis
     assert task["failed"] == {} and list(task["methods"]) == ["start"]
 
 
-@REPORTED
-def test_a_file_is_refused_by_a_suite_that_brings_its_own_data(tmp_path: Path) -> None:
+def test_a_file_is_refused_by_a_suite_that_brings_its_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.runner, "run_jobs", lambda *_, **__: pytest.fail("work began"))
     (tmp_path / "hh.jsonl").write_text(json.dumps(dialogue(0, 0)) + "\n")
     with pytest.raises(UsageError, match="brings its own data"):
-        benchmarks.run("quick", data=tmp_path / "hh.jsonl", algorithms=["dpo"], out=tmp_path / "out", workers=0)
+        benchmarks.run("quick", data=tmp_path / "hh.jsonl", algorithms=["dpo"], out=tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------- a user's own loss
@@ -668,7 +665,6 @@ def test_pairs_end_to_end(finished_pairs: Finished) -> None:
     assert [win[k] for k in ("mean", "low", "high")] == pytest.approx(expected, abs=1e-12)
 
 
-@REPORTED
 def test_rows_survive_every_line_separator(tmp_path: Path) -> None:
     """JSON escapes control characters, but not U+2028, U+2029 and U+0085, at which str.splitlines breaks a line."""
     rows = [{"prompt": f"one{c}line"} for c in "\n\r\x0b\x0c\x1c\x85\u2028\u2029"]
@@ -718,7 +714,7 @@ def test_choosing_algorithms_keeps_the_baselines() -> None:
     assert [t.name for t in both.tasks] == ["requests", "sums"]
 
 
-@pytest.mark.parametrize("suite", ["quick", "verifiable", pytest.param("pairs", marks=REPORTED)])
+@pytest.mark.parametrize("suite", ["quick", "verifiable", "pairs"])
 def test_budgets_are_what_the_suite_says(suite: str) -> None:
     """Sampled completions of every rollout method, counted from its own composition."""
     numbers = {int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d", benchmarks.get_suite(suite).budget)}
@@ -773,7 +769,6 @@ def test_failures_are_shown_with_their_reason(finished: Finished, tmp_path: Path
         assert "shapes [batch, token] and [/batch] differ" in text, "brackets are words, not colours"
 
 
-@REPORTED
 def test_a_judge_that_failed_leaves_a_report(finished_pairs: Finished, tmp_path: Path) -> None:
     def edit(results: dict[str, Any]) -> None:
         task = results["tasks"]["pairs"]
@@ -786,7 +781,6 @@ def test_a_judge_that_failed_leaves_a_report(finished_pairs: Finished, tmp_path:
         assert "pairs/judge" in text and "no memory" in text
 
 
-@REPORTED
 def test_the_report_counts_the_prompts_that_were_judged(finished_pairs: Finished, tmp_path: Path) -> None:
     """A file of pairs may have fewer test prompts than the suite asks for."""
     folder = finished_pairs.copy(tmp_path)

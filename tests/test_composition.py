@@ -174,7 +174,7 @@ WRONG_WORDS: dict[str, tuple[Callable[[], Any], str]] = {
     "option of train": (lambda: fit("dpo", betta=0.1), "did you mean 'beta'?"),
     "field of train": (lambda: fit("dpo", learning_rat=0.1), "did you mean 'learning_rate'?"),
     "reward": (lambda: fit("grpo", reward="numerc"), "did you mean 'numeric'?"),
-    "estimator of rlvr": (lambda: create_algorithm("rlvr", estimator="best"), "expected Literal['group_relative', 'leave_one_out']"),
+    "estimator of rlvr": (lambda: create_algorithm("rlvr", estimator="best"), "expected Literal['group_relative',"),
     "attribute": (lambda: prefzoo.trian, "no attribute 'trian'"),
 }
 
