@@ -60,7 +60,13 @@ def markdown(results: Result) -> str:
 
 def interval_text(estimate: Result) -> str:
     """``64.2 % (62.1 to 66.3)``."""
-    return f"{100 * estimate['mean']:.1f} % ({100 * estimate['low']:.1f} to {100 * estimate['high']:.1f})"
+    low, high = _shares(estimate)
+    return f"{100 * estimate['mean']:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def _shares(estimate: Result) -> tuple[float, float]:
+    """The interval of a share in percent; a t interval of few seeds can reach beyond what a share can be."""
+    return max(100 * estimate["low"], 0.0), min(100 * estimate["high"], 100.0)
 
 
 def win_text(method: Result, baseline: str) -> str:
@@ -156,8 +162,8 @@ def _plain_win(method: Result, baseline: str) -> str:
     against = method.get(f"against_{baseline}")
     if against is None:
         return "–"
-    win = against["win"]
-    return f"{100 * win['mean']:.1f} [{100 * win['low']:.1f}, {100 * win['high']:.1f}]"
+    low, high = _shares(against["win"])
+    return f"{100 * against['win']['mean']:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def draw(results: Result, path: Path) -> None:
@@ -198,7 +204,7 @@ def _draw_wins(axis: Any, name: str, task: Result) -> None:
     ]
     for place, (method, value) in enumerate(reversed(shown)):
         colour = GREY if method == "sft_more" else BLUE
-        low, high = 100 * value["low"], 100 * value["high"]
+        low, high = (100 * value["low"], 100 * value["high"]) if checked else _shares(value)
         axis.plot([low, high], [place, place], color=colour, lw=2.2, solid_capstyle="round")
         axis.plot(100 * value["mean"], place, "o", color=colour, ms=6)
     axis.axvline(0 if checked else 50, color="black", lw=0.8, ls=":")
