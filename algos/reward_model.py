@@ -16,7 +16,7 @@ def reward_model(*, centering: float = 0.0, pooling: Literal["last", "mean"] = "
     Args:
         centering: weight of the squared sum of the two rewards, which keeps rewards near zero.
         pooling: read the reward from the last token's state, or from the mean over the completion's tokens. Tiny models
-            learn better with the mean; only ``last`` can become an ordinary sequence classifier.
+            learn better with the mean; ``last`` is what sequence classifiers do.
 
     Source: Ouyang et al., arXiv:2203.02155, equation 1; centering: Eisenstein et al., arXiv:2312.09244.
 

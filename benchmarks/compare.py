@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from prefzoo.benchmarks import statistics
 from prefzoo.benchmarks.tasks import sample, texts
 from prefzoo.data.formats import convert, load_dataset
 from prefzoo.data.samples import Samples
 from prefzoo.feedback import resolve_reward
-from prefzoo.models.load import load_tokenizer
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Sampling
 from prefzoo.training import Run
@@ -142,14 +142,16 @@ def _answer(model: Any, rows: list[dict[str, Any]], n: int, sampling: Sampling, 
         policy, tokenizer = model.policy, model.tokenizer
     else:
         policy, tokenizer = load_run_policy(model)
+        policy.to(_device())
     return sample(policy, tokenizer, rows, n, sampling, seed), tokenizer
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _score(judge: Any, answers: Samples, tokenizer: Any) -> np.ndarray:
-    reads_ids = isinstance(judge, str | Path) and Path(judge).is_dir()  # the policy's ids, which must mean the same
-    if reads_ids and load_tokenizer(judge).get_vocab() != tokenizer.get_vocab():
-        raise UsageError(f"judge {str(judge)!r} has another tokenizer than a model it should judge.")
-    scores = resolve_reward(judge, tokenizer)(answers).numpy().astype(np.float64)
+    scores = resolve_reward(judge, tokenizer, _device())(answers).numpy().astype(np.float64)
     if np.isnan(scores).any():
         raise UsageError(f"the judge gave no score for {int(np.isnan(scores).sum())} answers; it must judge every one.")
     return scores

@@ -30,6 +30,7 @@ import prefzoo
 import prefzoo.losses
 from prefzoo.plugins import import_file
 from prefzoo.registry import UsageError
+from prefzoo.source import layer_files, source_hash
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,14 @@ class Outcome:
 
 
 @cache
-def layer_hash() -> str:
+def everything_hash() -> str:
     """Hash of the source of the shared layer, of the jobs and of what losses share: what every result depends on.
 
     Registered losses are left out: each counts for the cells that use it (``Job.sources``).
     """
-    root, shared = Path(prefzoo.__file__).resolve().parent, Path(prefzoo.losses.__file__).resolve().parent
-    files = {*root.rglob("*.py"), *(Path(__file__).with_name(n) for n in ("jobs.py", "tasks.py"))}
-    files |= {shared / f"{n}.py" for n in ("base", "advantages", "kl", "numerics")}
-    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:16]
+    shared = Path(prefzoo.losses.__file__).resolve().parent
+    files = {*layer_files(), *(Path(__file__).with_name(n) for n in ("jobs.py", "tasks.py"))}
+    return source_hash(files | {shared / f"{n}.py" for n in ("base", "advantages", "kl", "numerics")})
 
 
 def keys_of(jobs: Sequence[Job]) -> dict[str, str]:
@@ -82,7 +82,7 @@ def keys_of(jobs: Sequence[Job]) -> dict[str, str]:
             "needs": {k: keys[v] for k, v in sorted(job.needs.items())},
             "sources": job.sources,
             "version": prefzoo.__version__,
-            "layer": layer_hash(),
+            "layer": everything_hash(),
         }
         keys[job.name] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return keys
@@ -156,6 +156,7 @@ def _died(running: Iterable[Job]) -> UsageError:
 def _begin(imports: Sequence[Path]) -> None:
     """Once per worker: one thread each, users' files registered."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models of this size run on the CPU, the same wherever the suite is run
     import torch
 
     torch.set_num_threads(1)

@@ -225,7 +225,10 @@ def _draw_frontier(axis: Any, task: Result) -> None:
             distance, score["mean"], yerr=error if math.isfinite(error) else None, fmt="o", color=colour, ms=5, lw=1.2
         )
         axis.annotate(method, (distance, score["mean"]), xytext=(5, 3), textcoords="offset points", fontsize=7.5)
-    axis.margins(x=0.18, y=0.12)
+    scores = [x["means"][task["metric"]]["mean"] for x in task["methods"].values()]
+    room = 0.2 * (max(scores) - min(scores)) + 1e-3  # for the points; the interval of a collapsed method may leave it
+    axis.set_ylim(min(scores) - room, max(scores) + room)
+    axis.margins(x=0.18)
     axis.set_xlabel("sqrt of KL to the start, sqrt(nats)")
     axis.set_ylabel(task["metric"])
     axis.spines[["top", "right"]].set_visible(False)

@@ -68,10 +68,7 @@ def _shared_jobs(task: Task) -> tuple[list[Job], dict[str, str]]:
         }
     }
     name = task.name
-    loss = {
-        "sft": create_algorithm("sft").sources["sft"],
-        "reward_model": create_algorithm("reward_model").sources["reward_model"],
-    }
+    loss = create_algorithm("sft").sources | create_algorithm("reward_model").sources
     start, data, reward = f"{name}/start", f"{name}/data", f"{name}/reward_model"
     if task.kind == "pairs":
         path = task.settings["data"]

@@ -50,11 +50,9 @@ class Task:
 
     def method(self, name: str) -> Method:
         """The task's method of that name, or any registered algorithm under the task's recipe."""
-        for method in self.methods:
-            if name == method.name:
-                return method
-        algorithm_entry(name)  # an unknown name stops here, with the nearest
-        return Method(name, name)
+        if all(name != m.name for m in self.methods):
+            name = algorithm_entry(name).name  # an alias is its algorithm; an unknown name stops here, with the nearest
+        return next((m for m in self.methods if m.name == name), Method(name, name))
 
     def resolve(self, method: Method) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options of the algorithm and of its training, the task's recipe under the method's own."""
@@ -146,12 +144,14 @@ SEVEN = (
     Method("dpo", "dpo", {"beta": 0.1}),
     Method("ipo", "ipo", {"beta": 0.7}, {"learning_rate": 5e-4}),
     Method("kto", "kto", {"beta": 0.1, "baseline_rows": 16}),
-    Method("grpo", "grpo", {"kl": 0.05, "count": "token"}, weight=60),
+    Method("grpo", "grpo", {"kl": 0.05, "count": "token", "missing_eos_penalty": 1.0}, weight=60),
     Method("rlvr", "rlvr", weight=40),
     SFT_MORE,
 )  # fmt: skip
-WEAK = Method("grpo_kl0", "grpo", {"kl": 0.0, "count": "token"}, {"max_steps": 60, "learning_rate": 4e-4}, curve=True,
-              weight=100)  # fmt: skip
+WEAK = Method(
+    "grpo_kl0", "grpo", {"kl": 0.0, "count": "token", "missing_eos_penalty": 1.0},
+    {"max_steps": 60, "learning_rate": 4e-4}, curve=True, weight=100,
+)  # fmt: skip
 
 
 @SUITES.register

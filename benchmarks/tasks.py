@@ -168,10 +168,7 @@ def _world_judge(world: Any, rows: Rows, answers: Samples, tokenizer: Any) -> di
 
 def first_turn(row: Mapping[str, Any]) -> str:
     """What decides a pair's third: the first turn of its dialogue, so that no dialogue straddles."""
-    prompt = row["prompt"]
-    if not isinstance(prompt, str):
-        return str(prompt[0]["content"]).strip()
-    return prompt.strip().removeprefix("Human:").split(SEPARATOR)[0].split("\n\nAssistant:")[0].strip()
+    return row["prompt"].strip().removeprefix("Human:").split(SEPARATOR)[0].split("\n\nAssistant:")[0].strip()
 
 
 def pairs_split(params: Params, inputs: Inputs, folder: Path) -> Facts:
@@ -180,6 +177,8 @@ def pairs_split(params: Params, inputs: Inputs, folder: Path) -> Facts:
     data = load_dataset(s["data"])
     if data.type != "preference":
         raise UsageError(f"bench pairs needs preference data (chosen, rejected); {data.report.source} is {data.type}.")
+    if not isinstance(data.rows[0]["prompt"], str):
+        raise UsageError("bench pairs learns a tokenizer from plain text; give pairs of strings, not of messages.")
     thirds: list[Rows] = [[], [], []]
     for row in data.rows:
         thirds[derive_seed("thirds", first_turn(row)) % 3].append(row)
@@ -387,7 +386,7 @@ def judged(
 
 def _cluster(row: Mapping[str, Any]) -> str:
     """Prompts of one cluster are not independent: dialogues that begin alike, requests drawn twice."""
-    return first_turn(row) if isinstance(row["prompt"], list) or SEPARATOR in row["prompt"] else row["prompt"]
+    return first_turn(row) if SEPARATOR in row["prompt"] else row["prompt"]
 
 
 def _scores(params: Params, inputs: Inputs, rows: Rows, answers: Samples, tokenizer: Any) -> dict[str, Any]:

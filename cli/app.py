@@ -171,7 +171,7 @@ def bench(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder that prefzoo bench wrote")]) -> None:
-    """Compute and print the tables of a finished comparison again."""
+    """Print and write the tables of a finished comparison again."""
     from prefzoo import benchmarks
 
     print(benchmarks.report(folder))

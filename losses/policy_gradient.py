@@ -84,7 +84,8 @@ def kl_penalty(batch: PolicyGradient, *, estimator: EstimatorName = "k3", import
         importance: multiply by the ratio of policy to sampling policy, and differentiate the ratio too.
 
     Returns:
-        One loss per token, (B, T), in nats, 0 outside the mask. Metrics (B, T): ``kl``, the estimate without the ratio.
+        One loss per token, (B, T), in nats, 0 outside the mask. Metrics (B, T): ``kl/token``, the estimate without
+        the ratio.
 
     Convention: value and gradient are two questions. In expectation over tokens of the policy itself:
 
@@ -117,4 +118,4 @@ def kl_penalty(batch: PolicyGradient, *, estimator: EstimatorName = "k3", import
     if importance:
         ratio_BT = safe_exp(logps_BT - masked(batch.old_logps_BT.detach(), batch.mask_BT))
         loss_BT = (ratio_BT * kl_BT).clamp(max=math.exp(exponent_limit(kl_BT.dtype)))
-    return LossOut(loss_BT, {"kl": kl_BT.detach()})
+    return LossOut(loss_BT, {"kl/token": kl_BT.detach()})

@@ -46,7 +46,7 @@ def kto(
     Returns:
         One loss per completion, (B,), between 0 and λ. Metrics (B,): ``rewards`` = beta * s, ``rewards/margins`` = the
         reward's distance to the baseline on the labelled side, ``rewards/accuracies`` = whether that is positive,
-        ``logps``, and ``kl`` = z0.
+        ``logps``, and ``kl/baseline`` = z0.
 
     Convention: λ - value, so that the loss is positive, as in the authors' code and TRL. No gradient flows through z0.
 
@@ -70,6 +70,6 @@ def kto(
             "rewards/margins": gain_B.detach(),
             "rewards/accuracies": (gain_B > 0).to(gain_B.dtype),
             "logps": torch.where(batch.mask_BT, batch.logps_BT, 0.0).sum(-1),
-            "kl": baseline.expand_as(gain_B),
+            "kl/baseline": baseline.expand_as(gain_B),
         }
     return LossOut(torch.where(batch.desirable_B, desirable_weight * regret_B, undesirable_weight * regret_B), metrics)

@@ -158,7 +158,7 @@ def test_a_key_covers_what_the_job_is_made_from_and_nothing_else(monkeypatch: py
     assert changed(job("a", weight=9.0)) == set()
     assert changed(job("a", params={"x": 1})) == set()
 
-    monkeypatch.setattr(jobs, "layer_hash", lambda: "another layer")
+    monkeypatch.setattr(jobs, "everything_hash", lambda: "another layer")
     assert changed(job("a")) == set("abcd")
 
 
@@ -167,7 +167,7 @@ def test_the_layer_is_everything_that_no_registered_function_stands_for(monkeypa
     read: set[Path] = set()
     whole = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda file: (read.add(file.resolve()), whole(file))[1])
-    jobs.layer_hash.__wrapped__()
+    jobs.everything_hash.__wrapped__()
     core, losses, own = (Path(m.__file__).resolve().parent for m in (prefzoo, prefzoo.losses, benchmarks))
     assert set(core.rglob("*.py")) | {own / "jobs.py", own / "tasks.py"} <= read
     catalogue = (losses / "catalogue.py").read_text()

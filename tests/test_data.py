@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import prefzoo.data.tokens as tokens_module
 from prefzoo.data.formats import Dataset, Report, convert, load_dataset, split_text
-from prefzoo.data.samples import Ragged, Samples, concatenate, scatter
+from prefzoo.data.samples import Ragged, Samples, scatter
 from prefzoo.data.tokens import tokenise
 from prefzoo.models.load import learn_tokenizer
 from prefzoo.registry import UsageError
@@ -429,10 +429,6 @@ def test_taking_rows_keeps_every_column_with_its_row(lengths: list[int], random:
     assert taken.tokens["id"].tolist() == [float(x) for r in rows for x in ids[r]] == taken.completions.flat.tolist()
     assert [taken.extra["prompt"][p] for p in taken.prompt_B] == ["abc"[owners[r]] for r in rows]
     assert len(taken.prompts) == len({owners[r] for r in rows}), "shared prompts stay shared"
-    twice = concatenate([taken, samples])
-    both = [*rows, *range(len(ids))]
-    assert twice.columns["row"].tolist() == both and len(twice.prompts) == len(taken.prompts) + 3
-    assert [twice.extra["prompt"][p] for p in twice.prompt_B] == ["abc"[owners[r]] for r in both]
 
 
 def test_scatter_is_differentiable_and_fills_with_zeros() -> None:

@@ -124,9 +124,6 @@ class Samples:
             extra=_take_lists(self.extra, prompts),
         )
 
-    def with_columns(self, **columns: Tensor) -> Samples:
-        return replace(self, columns={**self.columns, **columns})
-
     def with_tokens(self, **tokens: Tensor) -> Samples:
         """Add flat (C,) columns, one value per completion token."""
         for name, value in tokens.items():
@@ -150,29 +147,6 @@ class Samples:
 def scatter(flat_C: Tensor, mask_BT: Tensor) -> Tensor:
     """Flat values (C,) into the masked cells of (B, T), row by row; zeros elsewhere. Differentiable."""
     return torch.zeros(mask_BT.shape, dtype=flat_C.dtype, device=flat_C.device).masked_scatter(mask_BT, flat_C)
-
-
-def concatenate(parts: Sequence[Samples]) -> Samples:
-    """One after another; all of one kind and with the same columns."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    shift = np.cumsum([0] + [len(p.prompts) for p in parts])
-    return Samples(
-        kind=first.kind,
-        prompts=_concatenate_ragged([p.prompts for p in parts]),
-        completions=_concatenate_ragged([p.completions for p in parts]),
-        prompt_B=np.concatenate([p.prompt_B + s for p, s in zip(parts, shift[:-1], strict=True)]),
-        columns={k: torch.cat([p.columns[k] for p in parts]) for k in first.columns},
-        pair_columns={k: torch.cat([p.pair_columns[k] for p in parts]) for k in first.pair_columns},
-        tokens={k: torch.cat([p.tokens[k] for p in parts]) for k in first.tokens},
-        extra={k: [x for p in parts for x in p.extra[k]] for k in first.extra},
-    )
-
-
-def _concatenate_ragged(parts: Sequence[Ragged]) -> Ragged:
-    lengths = np.concatenate([p.lengths for p in parts])
-    return Ragged(np.concatenate([np.asarray(p.flat) for p in parts]), offsets_of(lengths))
 
 
 def _take_lists(extra: Mapping[str, Sequence[Any]], rows: np.ndarray) -> dict[str, list[Any]]:

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prefzoo.data.formats import Dataset, DataType, Report, convert, load_dataset
 from prefzoo.data.samples import Kind, Ragged, Samples
 from prefzoo.registry import UsageError
+from prefzoo.source import layer_hash
 
 KIND_TO_TYPE: dict[Kind, DataType] = {
     "prompts": "prompt",
@@ -51,7 +53,9 @@ def encode_sides(
     whole: list[list[list[int]]] = []
     for side in sides:
         if prompts and not isinstance(prompts[0], str):
-            whole.append([_chat_ids(tokenizer, [*p, *c]) for p, c in zip(prompts, side, strict=True)])
+            whole.append(
+                [_to_last_eos(tokenizer, _chat_ids(tokenizer, [*p, *c])) for p, c in zip(prompts, side, strict=True)]
+            )
         else:
             eos = tokenizer.eos_token
             texts = [p + (c if c.endswith(eos) else c + eos) for p, c in zip(prompts, side, strict=True)]
@@ -72,6 +76,12 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Any, prompt: bool = 
         )
     ids = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=prompt, return_dict=True)
     return list(ids["input_ids"])
+
+
+def _to_last_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Without the white space that a template writes after the EOS of the last turn: answers end with EOS."""
+    last = len(ids) - 1 - ids[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids) - 1
+    return ids if tokenizer.decode(ids[last + 1 :]).strip() else ids[: last + 1]
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -155,11 +165,14 @@ def _samples(
     prompts = prompts if len(rows) == len(lengths) else prompts.take(rows)
     kept = [data.rows[i] for i in rows]
     extra_names = sorted({k for r in kept for k in r} - _TEXT_COLUMNS)
-    columns, pair_columns = {}, {}
+    columns: dict[str, Tensor] = {}
+    pair_columns: dict[str, Tensor] = {}
     if kind == "unpaired":
         columns["desirable"] = torch.tensor([bool(r["label"]) for r in kept])
-    if kind == "pairs" and "margin" in extra_names:
-        pair_columns["margin"] = torch.tensor([float(r["margin"]) for r in kept])
+    per_row_columns = pair_columns if kind == "pairs" else columns
+    for name in ("margin", "weight") if kind == "pairs" else ("weight",) if kind != "prompts" else ():
+        if name in extra_names:
+            per_row_columns[name] = _numbers(name, [r.get(name) for r in kept])
     # Each distinct prompt is stored once, so that completions of one prompt can share its computation.
     unique, inverse = _distinct(prompts)
     extra = {"prompt": [r["prompt"] for r in kept], **{k: [r.get(k) for r in kept] for k in extra_names}}
@@ -173,6 +186,13 @@ def _samples(
         ),
         report,
     )  # fmt: skip
+
+
+def _numbers(name: str, values: list[Any]) -> Tensor:
+    for row, value in enumerate(values, 1):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UsageError(f"column {name!r}, row {row}: expected a number, got {value!r}.")
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _distinct(prompts: Ragged) -> tuple[np.ndarray, np.ndarray]:
@@ -190,7 +210,7 @@ def _distinct(prompts: Ragged) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _store_key(data: Dataset, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> str:
-    facts = [data.hash(), tokenizer_hash(tokenizer), kind]
+    facts = [data.hash(), tokenizer_hash(tokenizer), kind, layer_hash()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefzoo.data.samples import Samples
 from prefzoo.feedback.verifiers import VERIFIERS
-from prefzoo.models.load import load_scorer
+from prefzoo.models.load import load_scorer, load_tokenizer
 from prefzoo.models.roles import Scorer
 from prefzoo.models.tree import TreeBatch, micro_batches
 from prefzoo.registry import UsageError, suggest
@@ -133,12 +133,12 @@ class SumReward:
         return torch.where(scores_KB.isnan().all(0), torch.nan, scores_KB.nan_to_num().sum(0))
 
 
-def resolve_reward(reward: Any, tokenizer: PreTrainedTokenizerBase) -> RewardSource:
+def resolve_reward(reward: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu") -> RewardSource:
     """A source from what the user gave: a function, a verifier's name, a reward-model folder, or a list of them."""
     if isinstance(reward, list | tuple):
-        return SumReward([resolve_reward(r, tokenizer) for r in reward])
+        return SumReward([resolve_reward(r, tokenizer, device) for r in reward])
     if isinstance(reward, Scorer):
-        return ModelReward(reward)
+        return ModelReward(reward.to(device))
     if isinstance(reward, FunctionReward | ModelReward | SumReward):
         return reward
     if isinstance(reward, str) and reward in VERIFIERS:
@@ -151,7 +151,12 @@ def resolve_reward(reward: Any, tokenizer: PreTrainedTokenizerBase) -> RewardSou
                 f"reward {str(reward)!r} is neither a reward-model folder nor a verifier{suggest(str(reward), known)} "
                 f"Verifiers: {', '.join(known)}."
             )
-        return ModelReward(load_scorer(folder), name=folder.name)
+        scorer = load_scorer(folder)
+        if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():  # it reads the policy's ids
+            raise UsageError(
+                f"reward model {str(reward)!r} has another tokenizer than the policy; train one on this model."
+            )
+        return ModelReward(scorer.to(device), name=folder.name)
     if callable(reward):
         return FunctionReward(reward, tokenizer)
     raise UsageError(

@@ -104,7 +104,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 def load_causal(source: str | Path | PreTrainedModel, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal language model from a local folder, a hub id or a loaded model (which is copied)."""
     if isinstance(source, PreTrainedModel):
-        return _prepare(copy.deepcopy(source))
+        return _prepare(copy.deepcopy(source).to(dtype))
+    if (Path(source) / f"{REWARD_FILE}.json").exists():
+        raise UsageError(f"model {str(source)!r} is a reward model, not a language model; give it as reward=.")
+    return _load_causal(source, dtype)
+
+
+def _load_causal(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
     except (OSError, ValueError) as error:
@@ -138,6 +144,17 @@ def new_scorer(policy: Policy, pooling: Pooling = "last") -> Scorer:
     return Scorer(trunk.requires_grad_(True), head, pooling)
 
 
+def critic_of(reward_model: Scorer) -> Scorer:
+    """A critic that starts from a reward model: its copy, the standardisation of rewards folded into the head."""
+    head = copy.deepcopy(reward_model.head)
+    with torch.no_grad():
+        if head.bias is None:
+            head.bias = nn.Parameter(torch.zeros_like(head.weight[:, 0]))
+        head.weight /= reward_model.scale
+        head.bias.sub_(reward_model.offset).div_(reward_model.scale)
+    return Scorer(copy.deepcopy(reward_model.trunk).requires_grad_(True), head.requires_grad_(True))
+
+
 @_no_bars()
 def load_scorer(folder: str | Path) -> Scorer:
     """A reward model: a folder that :func:`save_scorer` wrote, or any one-label sequence classifier."""
@@ -146,11 +163,11 @@ def load_scorer(folder: str | Path) -> Scorer:
     try:
         if own.exists():
             facts = json.loads(own.read_text())
-            trunk = load_causal(folder).base_model
+            trunk = _load_causal(folder, torch.float32).base_model
             head = nn.Linear(trunk.config.get_text_config().hidden_size, 1)
             head.load_state_dict(load_file(folder / f"{REWARD_FILE}.safetensors"))
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(folder)
+            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
             facts = {"pooling": "last", **getattr(model.config, "prefzoo_reward", {})}
             trunk, head = _prepare(model).base_model, model.score
             if head.weight.shape[0] != 1:
@@ -238,8 +255,9 @@ def _prepare(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     return model
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.models.roles import Policy
 from prefzoo.models.tree import TreeBatch, micro_batches
+from prefzoo.source import layer_hash
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def cached_logps(
     if cache is None:
         return compute()
     facts = [weights_hash(policy), _hash(samples.prompts), _hash(samples.completions), samples.prompt_B.tobytes().hex()]
-    facts.append(precision)
+    facts += [precision, policy.model.config.to_json_string(), layer_hash()]
     file = cache / f"reference-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]}.safetensors"
     if file.exists():
         return load_file(file)["logps"]

@@ -93,14 +93,19 @@ class Scorer(nn.Module):
     def forward(self, tree: TreeBatch, *, values: bool = False) -> Scores:
         hidden = _run(self.trunk, tree).last_hidden_state[0]
         if values:
-            return Scores(values_C=self.head(hidden[tree.predict_C])[:, 0].float())
+            return Scores(values_C=self._read(hidden[tree.predict_C]))
         if self.pooling == "last":
-            raw_B = self.head(hidden[tree.last_B])[:, 0].float()
+            raw_B = self._read(hidden[tree.last_B])
         else:
-            raw_C = self.head(hidden[tree.own_C])[:, 0].float()
+            raw_C = self._read(hidden[tree.own_C])
             total_B = raw_C.new_zeros(len(tree.mask_BT)).index_add(0, tree.owner_C, raw_C)
             raw_B = total_B / tree.mask_BT.sum(-1).clamp(min=1)
         return Scores(rewards_B=(raw_B - self.offset) / self.scale)
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        """The head in the precision of its weights, whatever the trunk ran in: scores are compared by differences."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.to(self.head.weight.dtype))[:, 0]
 
 
 def _run(model: Any, tree: TreeBatch, **options: Any) -> Any:

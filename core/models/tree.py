@@ -44,7 +44,6 @@ class AttentionPlan:
     ) -> Tensor:
         """(1, H, N, D) queries, keys, values -> (1, N, H, D)."""
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
-        grouped = query.shape[1] != key.shape[1]
         outputs = []
         for b in self.buckets:
             q, k, v = (
@@ -57,12 +56,21 @@ class AttentionPlan:
                 size = b.query_SQ.shape[1]
                 causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril() if mask is None else mask
                 mask = near & causal
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=None if mask is None else mask[:, None],
-                is_causal=mask is None, scale=scaling, enable_gqa=grouped,
-            )  # fmt: skip
+            out = scaled_attention(q, k, v, None if mask is None else mask[:, None], scaling, causal=mask is None)
             outputs.append(out.transpose(1, 2).reshape(-1, *query.shape[1:2], value.shape[-1]))
         return torch.cat(outputs).index_select(0, self.where_N)[None]
+
+
+def scaled_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, causal: bool = False
+) -> Tensor:
+    """softmax(scaling Q K^T + mask) V for (S, H, Q, D) queries and (S, H', K, D) keys, H' dividing H."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.is_cuda:  # with grouped heads CUDA falls back to a kernel that keeps all scores
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1
+    )
 
 
 def attention_hook(

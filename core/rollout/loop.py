@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.models.roles import Policy
-from prefzoo.models.tree import AttentionPlan, TreeBatch
+from prefzoo.models.tree import AttentionPlan, TreeBatch, scaled_attention
 from prefzoo.registry import UsageError
 from prefzoo.seeds import uniforms
 
@@ -68,25 +67,25 @@ class _Slab:
         values[:, :, self.column] = value[:, :, 0]
         first = max(0, end - window) if window is not None else 0
         mask = None if self.visible is None else self.visible[:, None, None, first:end]
-        out = F.scaled_dot_product_attention(
-            query, keys[:, :, first:end], values[:, :, first:end], attn_mask=mask, scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
-        return out.transpose(1, 2)
+        return scaled_attention(query, keys[:, :, first:end], values[:, :, first:end], mask, scaling).transpose(1, 2)
 
     def keep(self, rows: Tensor) -> None:
-        self.keys = {i: k[rows] for i, k in self.keys.items()}
-        self.values = {i: v[rows] for i, v in self.values.items()}
+        for slab in (self.keys, self.values):
+            for layer in slab:  # one at a time: the old copy goes before the next is made
+                slab[layer] = slab[layer][rows]
         self.visible = None if self.visible is None else self.visible[rows]
 
 
 class LoopEngine:
     """Samples from a :class:`Policy` in this process."""
 
-    def __init__(self, policy: Policy, eos_token_id: int, *, rows_per_batch: int = 512) -> None:
+    def __init__(
+        self, policy: Policy, eos_token_id: int, *, rows_per_batch: int = 512, tokens_per_batch: int = 2**17
+    ) -> None:
         self.policy = policy
         self.eos = eos_token_id
         self.rows_per_batch = rows_per_batch
+        self.tokens_per_batch = tokens_per_batch  # of the slab: rows x (longest prompt + new tokens)
 
     @torch.no_grad()
     def generate(
@@ -111,7 +110,8 @@ class LoopEngine:
         was_training = model.training
         model.eval()
         order = np.argsort(lengths, kind="stable")
-        per_batch = max(1, self.rows_per_batch // n)
+        longest = int(lengths.max(initial=0)) + sampling.max_new_tokens
+        per_batch = max(1, min(self.rows_per_batch, self.tokens_per_batch // longest) // n)
         ids: list[np.ndarray] = [np.zeros(0)] * (len(lengths) * n)
         logps: list[Tensor] = [torch.zeros(0)] * (len(lengths) * n)
         for start in range(0, len(order), per_batch):

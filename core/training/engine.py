@@ -225,8 +225,8 @@ class Engine:
             samples = self.rollouts.generate(prompts, source.group_size, source.sampling, seed, keys)
         self.spent.prompts += len(prompts)
         self.spent.generated_tokens += len(samples.completions.flat)
-        if source.top_p < 1:
-            # The sampler's distribution is not the policy's; the ratio must start at 1.
+        if source.top_p < 1 or self.config.precision != "float32":
+            # The sampler's numbers are not the learner's; the ratio must start at 1.
             samples = samples.with_tokens(old_logps=self.policy_logps(samples))
         scores_B = stage.feedback(samples, self)
         if REFERENCE in stage.needs:
@@ -297,7 +297,7 @@ class Engine:
             batches["ptx"] = self._ptx_rows(len(main), number)
         shared: dict[str, Tensor] = {}
         if self.stage.prelude is not None:
-            shared[self.stage.prelude.gives] = self.stage.prelude(main, self)
+            shared[self.stage.prelude.gives] = self.stage.prelude(main, self).to(self.device)
         plans = {name: micro_batches(rows, self.config.tokens_per_batch) for name, rows in batches.items()}
         self._refuse_splitting(plans)
         sizes = {id(term): self._size(term, batches[term.rows]) for term in self.stage.terms}

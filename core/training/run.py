@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefzoo.algorithm import Algorithm, Stage, algorithm_entry, create_algorithm
 from prefzoo.data.formats import Dataset, load_dataset
-from prefzoo.data.tokens import tokenise, tokenizer_hash
+from prefzoo.data.tokens import tokenise
 from prefzoo.feedback import RewardSource, resolve_reward
 from prefzoo.feedback.rewards import ModelReward
 from prefzoo.models.load import (
     Size,
     clone,
+    critic_of,
     learn_tokenizer,
     load_policy,
     load_scorer,
@@ -38,6 +38,7 @@ from prefzoo.models.reference import cached_logps
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.parts.feedback import Verifier
 from prefzoo.parts.roles import CRITIC, REFERENCE, REWARD
+from prefzoo.parts.source import Rollouts
 from prefzoo.registry import UsageError, suggest
 from prefzoo.training.config import ONLY_DATASET, TrainConfig
 from prefzoo.training.engine import Engine, Spent
@@ -166,13 +167,13 @@ def _output_folder(output_dir: str | Path | None) -> Path | None:
 
 
 def _device(settings: TrainConfig) -> torch.device:
-    state = PartialState(cpu=settings.device == "cpu" or not torch.cuda.is_available())
-    if state.num_processes > 1:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
         raise UsageError(
-            f"this run was launched as {state.num_processes} processes; training on several is not supported yet. "
+            f"this run was launched as {processes} processes; training on several is not supported yet. "
             "Start it without a launcher: one process uses one device."
         )
-    return torch.device(settings.device) if settings.device else state.device
+    return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _start(
@@ -210,15 +211,7 @@ def _reward(
             "f(prompts, completions, **columns) -> list of float, a verifier ('exact', 'numeric'), or the "
             "folder of a reward model (prefzoo train reward_model ... makes one)."
         )
-    if isinstance(reward, str | Path) and Path(reward).is_dir():
-        theirs = load_tokenizer(reward)
-        if tokenizer_hash(theirs) != tokenizer_hash(tokenizer) and theirs.get_vocab() != tokenizer.get_vocab():
-            raise UsageError(
-                f"reward model {str(reward)!r} has another tokenizer than the policy; train one on this model."
-            )
-    source = resolve_reward(reward, tokenizer)
-    if isinstance(source, ModelReward):
-        source.scorer.to(device)
+    source = resolve_reward(reward, tokenizer, device)
     if any(isinstance(s.feedback, Verifier) for s in algorithm.stages) and not source.verifies:
         raise UsageError(
             f"algorithm {algorithm.name!r} needs a verifier (a function that checks answers), not a reward model; "
@@ -232,6 +225,8 @@ def _engine(
     ptx_dataset: Any, reward: RewardSource | None, anchor: Policy | None, device: torch.device, log: RunLog,
 ) -> tuple[Engine, Scorer | None]:  # fmt: skip
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or settings.max_length
+    if isinstance(stage.source, Rollouts):  # a prompt must leave room for its answer; longer ones are dropped, counted
+        positions = positions - stage.source.max_new_tokens + 1
     options: dict[str, Any] = {
         "max_length": min(settings.max_length, positions),
         "cache": settings.cache_dir,
@@ -241,6 +236,8 @@ def _engine(
     for line in report.lines():
         log.note(line)
     ptx = None
+    if ptx_dataset is not None and all(t.rows != "ptx" for t in stage.terms):
+        log.note("note: no term has ptx rows; ptx_dataset= is ignored.")
     if any(t.rows == "ptx" for t in stage.terms):
         if ptx_dataset is None:
             raise UsageError("this algorithm has a term on ptx rows: give ptx_dataset= demonstrations.")
@@ -261,7 +258,7 @@ def _engine(
         if stage.critic_from == REWARD:
             if not isinstance(reward, ModelReward):
                 raise UsageError("critic_from='reward' needs a reward model as the reward.")
-            critic = Scorer(copy.deepcopy(reward.scorer.trunk), copy.deepcopy(reward.scorer.head))
+            critic = critic_of(reward.scorer)
         critic.to(device)
     engine = Engine(
         stage, settings, tokenizer=tokenizer, policy=policy, data=samples, ptx=ptx, reward=reward,
