@@ -9,6 +9,7 @@ from prefzoo.parts.controllers import AdaptiveKL, FixedKL
 from prefzoo.parts.credit import GAE
 from prefzoo.parts.feedback import Reward
 from prefzoo.parts.source import Rollouts
+from prefzoo.registry import UsageError
 
 
 @register_algorithm(
@@ -20,7 +21,7 @@ def ppo(
     *,
     kl: float = 0.05,
     kl_target: float | None = None,
-    kl_horizon: int = 10_000,
+    kl_horizon: int | None = None,
     kl_estimator: EstimatorName = "k1",
     clip: float = 0.2,
     value_clip: float | None = 0.2,
@@ -46,7 +47,7 @@ def ppo(
     Args:
         kl: coefficient of the KL penalty in the reward, per token; the first value if ``kl_target`` is given.
         kl_target: KL per sequence (nats) that an adaptive controller steers to; None: fixed coefficient.
-        kl_horizon: samples over which that controller acts.
+        kl_horizon: samples over which that controller acts; by default 10,000.
         kl_estimator: k1 (signed log-ratio), k2 or k3.
         clip, value_clip: ranges of the ratio and of the change of values; ``value_clip=None``: not clipped.
         gamma, lam: of generalised advantage estimation.
@@ -66,7 +67,9 @@ def ppo(
 
         prefzoo.train("ppo", model="my-model", dataset="prompts.jsonl", reward="runs/rm/final", max_steps=100)
     """
-    controller = FixedKL(kl) if kl_target is None else AdaptiveKL(kl, target=kl_target, horizon=kl_horizon)
+    if kl_horizon is not None and kl_target is None:
+        raise UsageError("ppo: kl_horizon has no effect without kl_target, the KL to steer to.")
+    controller = FixedKL(kl) if kl_target is None else AdaptiveKL(kl, target=kl_target, horizon=kl_horizon or 10_000)
     terms = [
         Term(create_loss("clipped_surrogate", clip=clip), count="token"),
         Term(create_loss("clipped_value", clip=value_clip), count="token", trains="critic"),

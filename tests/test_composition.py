@@ -174,6 +174,9 @@ WRONG_WORDS: dict[str, tuple[Callable[[], Any], str]] = {
     "option of train": (lambda: fit("dpo", betta=0.1), "did you mean 'beta'?"),
     "field of train": (lambda: fit("dpo", learning_rat=0.1), "did you mean 'learning_rate'?"),
     "reward": (lambda: fit("grpo", reward="numerc"), "did you mean 'numeric'?"),
+    "horizon without target": (lambda: create_algorithm("ppo", kl_horizon=9), "no effect without kl_target"),
+    "critic that is not there": (lambda: fit("dpo", critic_learning_rate=0.1), "which has no critic"),
+    "betas of sgd": (lambda: fit("dpo", optimizer="sgd", betas=(0.1, 0.2)), "no effect with optimizer='sgd'"),
     "estimator of rlvr": (lambda: create_algorithm("rlvr", estimator="best"), "expected Literal['group_relative',"),
     "attribute": (lambda: prefzoo.trian, "no attribute 'trian'"),
 }

@@ -153,6 +153,10 @@ def _resolve(
                     f"{key!r} has no effect on {chosen.name!r}, whose rows are sampled: its schedule decides "
                     "(prompts_per_step, inner_epochs, minibatches of the algorithm; max_steps of the training)."
                 )
+    if "critic_learning_rate" in given and CRITIC not in chosen.needs:
+        raise UsageError(f"'critic_learning_rate' has no effect on {chosen.name!r}, which has no critic; leave it out.")
+    if "betas" in given and settings.optimizer == "sgd":
+        raise UsageError("'betas' has no effect with optimizer='sgd'; leave it out.")
     return chosen, settings
 
 
