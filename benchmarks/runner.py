@@ -17,6 +17,7 @@ from typing import Any
 from prefzoo.algorithm import create_algorithm
 from prefzoo.benchmarks.jobs import Job, Outcome, run_jobs
 from prefzoo.benchmarks.suites import Method, Suite, Task, get_suite
+from prefzoo.parts.feedback import Verifier
 from prefzoo.plugins import import_file
 from prefzoo.registry import UsageError
 
@@ -109,7 +110,7 @@ def _not_applicable(task: Task, method: Method) -> str | None:
     made = create_algorithm(method.algorithm, **options)
     if made.trains_reward:
         return "it trains a reward model, not a policy"
-    if task.kind == "pairs" and any(type(s.feedback).__name__ == "Verifier" for s in made.stages):
+    if task.kind == "pairs" and any(isinstance(s.feedback, Verifier) for s in made.stages):
         return "the data has preferences but no answers that a verifier could check"
     if task.kind == "sums" and (made.data != "prompts" or not made.stages[0].on_policy):
         return "this world has no preference labels, only a verifier"

@@ -24,6 +24,7 @@ from prefzoo.feedback import ModelReward, resolve_reward
 from prefzoo.models.load import learn_tokenizer, load_policy, load_scorer, load_tokenizer, save_scorer, tiny_model
 from prefzoo.models.reference import token_scores
 from prefzoo.models.roles import Policy
+from prefzoo.parts.feedback import Verifier
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Finish, LoopEngine, Sampling
 from prefzoo.seeds import derive_seed, generator
@@ -285,7 +286,7 @@ def _train_cell(
     reward: Any = None
     if "reward" in made.needs:
         world = _world(params)
-        verifies = any(type(stage.feedback).__name__ == "Verifier" for stage in made.stages)
+        verifies = any(isinstance(stage.feedback, Verifier) for stage in made.stages)
         checked = world is not None and (verifies or "reward_model" not in inputs)  # sums has no preferences to learn
         reward = world.exact_reward if checked else inputs["reward_model"] / "run" / "final"
         if s["permuted"]:
