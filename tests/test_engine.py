@@ -184,10 +184,7 @@ def test_learning_rate_zero_changes_nothing(
     algorithm = small(name)
     stage = algorithm.stages[0]
     algorithm.stages = (replace(stage, source=replace(stage.source, temperature=temperature, top_p=top_p)),)
-    runs = [
-        start.fit(algorithm, learning_rate=0.0, critic_learning_rate=0.0, output_dir=tmp_path / side, seed=3)
-        for side in ("one", "two")
-    ]
+    runs = [start.fit(algorithm, learning_rate=0.0, output_dir=tmp_path / side, seed=3) for side in ("one", "two")]
     assert numbers(runs[0]) == numbers(runs[1])
     texts = [(tmp_path / side / "samples.jsonl").read_text() for side in ("one", "two")]
     assert texts[0] == texts[1] and texts[0].count("\n") == 2 * 3  # steps x log_completions
