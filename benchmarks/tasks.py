@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from prefzoo.algorithm import create_algorithm
-from prefzoo.data.formats import convert, load_dataset
+from prefzoo.data.formats import convert, load_dataset, prompt_only
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.data.tokens import tokenise
 from prefzoo.feedback import ModelReward, resolve_reward
@@ -44,12 +44,8 @@ SEPARATOR = "\n\nHuman:"
 
 def sample(policy: Policy, tokenizer: Any, rows: Rows, n: int, sampling: Sampling, seed: int) -> Samples:
     """``n`` answers to each row's prompt; the same seed gives the same uniform numbers whatever the policy."""
-    prompts, _ = tokenise([_prompt_only(r) for r in rows], tokenizer, "prompts", max_length=10**6)
+    prompts, _ = tokenise([prompt_only(r) for r in rows], tokenizer, "prompts", max_length=10**6)
     return LoopEngine(policy, tokenizer.eos_token_id).generate(prompts, n, sampling, seed)
-
-
-def _prompt_only(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k not in ("chosen", "rejected", "completion", "label")}
 
 
 def texts(samples: Samples, tokenizer: Any) -> list[str]:

@@ -264,8 +264,13 @@ def _unpaired_to_completions(row: Row) -> list[Row]:
     return [{k: v for k, v in row.items() if k != "label"}] if row["label"] else []
 
 
+def prompt_only(row: Row) -> Row:
+    """The row without answers and labels; the user's other columns stay."""
+    return {k: v for k, v in row.items() if k not in ("chosen", "rejected", "completion", "label")}
+
+
 def _to_prompt(row: Row) -> list[Row]:
-    return [{k: v for k, v in row.items() if k not in ("chosen", "rejected", "completion", "label")}]
+    return [prompt_only(row)]
 
 
 def _rest(row: Row) -> Row:

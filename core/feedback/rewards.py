@@ -17,7 +17,7 @@ from prefzoo.data.samples import Samples
 from prefzoo.feedback.verifiers import VERIFIERS
 from prefzoo.models.load import load_scorer, load_tokenizer
 from prefzoo.models.roles import Scorer
-from prefzoo.models.tree import TreeBatch, micro_batches
+from prefzoo.models.tree import packed
 from prefzoo.registry import UsageError, suggest
 
 RewardFunction = Callable[..., list[float | None]]
@@ -111,12 +111,9 @@ class ModelReward:
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> Tensor:
-        device = self.scorer.head.weight.device
         scores_B = torch.zeros(len(samples.completions))
-        for rows in micro_batches(samples, self.token_budget):
-            found = self.scorer(TreeBatch.of(samples.take(rows), device)).rewards_B
-            which = (rows[:, None] * samples.per_row + range(samples.per_row)).reshape(-1)
-            scores_B[torch.from_numpy(which)] = found.float().cpu()
+        for completions, tree in packed(samples, self.token_budget, self.scorer.head.weight.device):
+            scores_B[torch.from_numpy(completions)] = self.scorer(tree).rewards_B.float().cpu()
         return scores_B
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.models.roles import Policy
-from prefzoo.models.tree import TreeBatch, micro_batches
+from prefzoo.models.tree import TreeBatch, packed
 from prefzoo.source import layer_hash
 
 
@@ -27,10 +27,9 @@ def token_scores(
 ) -> Tensor:
     """One value per completion token (C,), on the CPU, in the order of the samples, micro-batch by micro-batch."""
     out_C = torch.zeros(len(samples.completions.flat))
-    for rows in micro_batches(samples, token_budget):
-        found = forward(TreeBatch.of(samples.take(rows), device))
+    for completions, tree in packed(samples, token_budget, device):
+        found = forward(tree)
         assert found is not None
-        completions = (rows[:, None] * samples.per_row + range(samples.per_row)).reshape(-1)
         out_C[torch.from_numpy(samples.completions.positions(completions))] = found.float().cpu()
     return out_C
 

@@ -261,6 +261,13 @@ def micro_batches(samples: Samples, token_budget: int) -> list[np.ndarray]:
     return [np.sort(np.asarray(b)) for b in bins]
 
 
+def packed(samples: Samples, token_budget: int, device: torch.device | str) -> Iterator[tuple[np.ndarray, TreeBatch]]:
+    """Micro-batch by micro-batch: the numbers of its completions, and the packed row that holds them in that order."""
+    for rows in micro_batches(samples, token_budget):
+        completions = (rows[:, None] * samples.per_row + np.arange(samples.per_row)).reshape(-1)
+        yield completions, TreeBatch.of(samples.take(rows), device)
+
+
 def pack_rows(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Samples:
     """Samples of completions from ``[(prompt ids, [completion ids, ...]), ...]``: for tests and notebooks."""
     prompts = Ragged.of([p for p, _ in rows])
