@@ -126,8 +126,10 @@ def test_conversions_keep_the_users_columns_and_merge_prompts() -> None:
 
 
 @pytest.mark.parametrize(("name", "to", "could"), [
-    ("demonstration", "preference", "preference"), ("demonstration", "unpaired", "unpaired, preference"),
-    ("prompt only", "prompt_completion", "prompt_completion, preference, unpaired"),
+    ("demonstration", "preference", "preference, ranking, scored"),
+    ("demonstration", "unpaired", "unpaired, preference, stepwise, ranking, scored"),
+    ("prompt only", "prompt_completion",
+     "prompt_completion, preference, unpaired, language_modeling, stepwise, ranking, scored"),
 ])  # fmt: skip
 def test_what_cannot_become_something_says_what_could(name: str, to: Any, could: str) -> None:
     with pytest.raises(UsageError, match=rf"cannot become {to}\. Types that can: {could}\."):
@@ -140,14 +142,20 @@ ROW_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "say:", "chosen": " a", "rejected": " a"}, "chosen and rejected are identical"),
     ({"prompt": "say:", "chosen": "", "rejected": " b"}, "an empty side"),
     ({"prompt": "", "chosen": " a", "rejected": " b"}, "an empty prompt"),
-    ({"prompt": None, "chosen": "left", "rejected": "right"}, "an empty prompt"),
+    ({"prompt": "", "chosen": " a", "rejected": " c"}, "an empty prompt"),
+    ({"prompt": None, "chosen": "left", "rejected": "right"}, "chosen and rejected share no prompt"),
+    ({"prompt": None, "chosen": "one", "rejected": "one"}, "chosen and rejected are identical"),
     ({"prompt": "say:", "chosen": [ASSISTANT], "rejected": [BYE]}, "text and messages in one row"),
     ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [BYE]}, "text where other rows have messages, or messages"),
-    ({"prompt": "say:", "chosen": None, "rejected": " b"}, "chosen is NoneType, not text or a list of messages"),
-    ({"prompt": "say:", "chosen": [{"role": "user"}], "rejected": " b"}, "chosen is list, not text"),
-    ({"prompt": "say:", "chosen": " a", "rejected": 3}, "rejected is int, not text"),
-    ({"prompt": ["say:"], "chosen": " a", "rejected": " b"}, "prompt is list, not text"),
-]
+    ({"prompt": "say:", "chosen": None, "rejected": " b"}, "chosen is null"),
+    ({"prompt": "say:", "chosen": " a", "rejected": "\ud800"}, r"text with half a character"),
+    ({"prompt": [USER], "chosen": [], "rejected": [BYE]}, "an empty side"),
+    ({"prompt": [USER], "chosen": [{"role": "assistant", "content": ""}], "rejected": [BYE]}, "an empty side"),
+    ({"prompt": [USER], "chosen": [{"role": "assistant", "content": None}], "rejected": [BYE]},
+     "a message without content"),
+    ({"prompt": [{"role": "system", "content": "Be."}], "chosen": [ASSISTANT], "rejected": [BYE]},
+     "the prompt ends with a message of role system"),
+]  # fmt: skip
 
 
 def test_faulty_rows_are_dropped_counted_and_shown() -> None:
@@ -168,13 +176,65 @@ def test_strict_stops_at_the_first_faulty_row(row: dict[str, Any], fault: str) -
 
 
 @pytest.mark.parametrize(("row", "fault"), [
-    ({"prompt": "say:", "completion": " a", "label": "yes"}, "label is 'yes', not true or false"),
-    ({"prompt": "say:", "completion": " a", "label": None}, "label is None"),
+    ({"prompt": "say:", "completion": " a", "label": None}, "label is null"),
     ({"prompt": "say:", "completion": "", "label": True}, "an empty completion"),
 ])  # fmt: skip
 def test_faults_of_unpaired_rows(row: dict[str, Any], fault: str) -> None:
     with pytest.raises(UsageError, match=f"no usable row is left(?s:.)*{fault}"):
         load_dataset([row])
+
+
+WRONG_TYPES: dict[str, tuple[dict[str, Any], str]] = {
+    "a number for text": ({**PAIR, "rejected": 3}, "column 'rejected': expected text or a list of messages, got 3 "),
+    "texts for messages": ({**PAIR, "prompt": ["say:"]}, "column 'prompt', message 1: expected a mapping with role"),
+    "no content": (
+        {**PAIR, "chosen": [USER, {"content": "x"}]}, "column 'chosen', message 2: expected a mapping",
+    ),
+    "content that is a number": (
+        {**PAIR, "chosen": [{"role": "user", "content": 4}]}, r"'chosen', message 1: expected text as content, got 4",
+    ),
+    "an unknown role of ShareGPT": (
+        {**PAIR, "chosen": [{"from": "humann", "value": "x"}]}, "unknown role 'humann'; did you mean 'human'",
+    ),
+    "a picture": ({**PAIR, "image": "a.png"}, "column 'image': pictures are not supported"),
+    "a picture among the messages": (
+        {**PAIR, "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]},
+        "column 'prompt', message 1: a content part of type image",
+    ),
+    "a tie that is a word": ({**PAIR, "tie": "no"}, "column 'tie': tie is 'no', not true or false"),
+    "a label that is a word": (
+        {"prompt": "say:", "completion": " a", "label": "yes"}, "column 'label': label is 'yes', not true or false",
+    ),
+    "a score that is a word": (
+        {"prompt": "say:", "completion": " a", "score": "3"}, "column 'score': expected a number, got '3'",
+    ),
+    "completions that are text": (
+        {"prompt": "say:", "completions": "a", "labels": [True]}, "column 'completions': expected a list",
+    ),
+    "rank 0": (
+        {"prompt": "say:", "completions": ["a", "b"], "ranks": [0, 1]}, "column 'ranks': expected whole numbers from 1",
+    ),
+    "messages that are text": ({"messages": "hello"}, "column 'messages': expected a list of messages, got text"),
+    "text that is a list": ({"text": ["hello"]}, "column 'text': expected text, got"),
+    "tools that are not JSON": (
+        {"prompt": [USER], "tools": "[{"}, "column 'tools' is not JSON",
+    ),
+    "tools that are a number": ({"prompt": [USER], "tools": 3}, "column 'tools': expected a list, got 3"),
+    "template arguments that are a list": (
+        {"prompt": [USER], "chat_template_kwargs": [1]}, "column 'chat_template_kwargs': expected a dict",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_a_value_of_a_wrong_type_stops(name: str) -> None:
+    """One row of a wrong type is a data set that is not what it seems: nothing is dropped, the place is named."""
+    row, message = WRONG_TYPES[name]
+    with pytest.raises(UsageError, match=rf"^data list, row 1, .*{message}"):
+        load_dataset([row])
+    if "prompt" in row and "chosen" in row:
+        with pytest.raises(UsageError, match=rf"^data list, row 2, .*{message}"):
+            load_dataset([PAIR, row])
 
 
 STRUCTURE: dict[str, tuple[str, str]] = {
@@ -201,8 +261,9 @@ def test_structural_faults_name_the_place(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("source", "message"), [
     ([{"prompt": "a"}, "text"], "row 2: expected a mapping, got str"), (3, "data of type int cannot be read"),
-    ([], "no rows"), ("nowhere.jsonl", "no such file"),
-], ids=str)  # fmt: skip
+    ([], "no rows"), ("nowhere.jsonl", "no such file"), ([{1: "prompt"}], "columns 1 fit no known type"),
+    ({"prompt": ["a"]}, "no key 'prompt'.*rows are given as a list"), ((r for r in [PAIR]), "data of type generator"),
+], ids=["row", "number", "empty", "no file", "columns", "mapping", "generator"])  # fmt: skip
 def test_sources_that_cannot_be_read(source: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_dataset(source)
@@ -212,8 +273,9 @@ def test_a_file_with_another_name_is_suggested(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("{}")
     with pytest.raises(UsageError, match=r"did you mean 'pairs\.jsonl'"):
         load_dataset(tmp_path / "pair.jsonl")
-    with pytest.raises(UsageError, match="is a folder"):
-        load_dataset(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no file of a known kind"):
+        load_dataset(tmp_path / "empty")
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -252,7 +314,7 @@ def test_datasets_of_the_library() -> None:
     mixed = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "c"}])  # fills with None
     data = load_dataset(mixed)
     assert len(data.rows) == 1
-    assert data.report.dropped == Counter({"completion is NoneType, not text or a list of messages": 1})
+    assert data.report.dropped == Counter({"completion is null": 1})
     assert load_dataset(data) is data
 
 
@@ -349,9 +411,8 @@ def test_columns_follow_their_rows(words: Any) -> None:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often the tokenizer was asked."""
     calls: list[int] = []
-    for name in ("encode_prompts", "encode_sides"):
-        original = getattr(tokens_module, name)
-        monkeypatch.setattr(tokens_module, name, lambda *a, f=original: (calls.append(1), f(*a))[1])
+    original = tokens_module.encode_rows
+    monkeypatch.setattr(tokens_module, "encode_rows", lambda *a: (calls.append(1), original(*a))[1])
     return calls
 
 
@@ -371,27 +432,33 @@ def test_ids_are_stored_once_and_memory_mapped(kind: Any, words: Any, tmp_path: 
         assert isinstance(second.completions.flat, np.memmap)
 
 
-def test_what_changes_the_ids_changes_the_store(words: Any, tmp_path: Path, encoded: list[int]) -> None:
-    """Another text, kind, tokenizer or template: never somebody else's ids. A limit is not part of the store."""
+def test_what_changes_the_samples_changes_the_store(words: Any, tmp_path: Path, encoded: list[int]) -> None:
+    """Another text, kind, limit, tokenizer or template: never somebody else's samples."""
     other = learn_tokenizer(["say a: a b"], 262)
     spoken = learn_tokenizer(["say a: a b"], 262)
     spoken.chat_template = TEMPLATE
     calls: list[dict[str, Any]] = [
         {}, {"source": [{**PAIR, "chosen": " z"}]}, {"kind": "unpaired"}, {"tokenizer": other}, {"tokenizer": spoken},
+        {"max_length": 4}, {"kind": "completions"}, {"kind": "completions", "loss_on": "all"},
     ]  # fmt: skip
-    for call in calls:
-        encoded.clear()
-        tokenise(**{"source": [PAIR], "tokenizer": words, "kind": "pairs", "cache": tmp_path, **call})
-        assert encoded, call
-    encoded.clear()
-    cut, report = tokenise([PAIR], words, "pairs", cache=tmp_path, max_length=4)
-    assert not encoded and cut.completions.lengths.tolist() == [1, 1] and report.cut
+    for again in (False, True):
+        for call in calls:
+            encoded.clear()
+            tokenise(**{"source": [PAIR], "tokenizer": words, "kind": "pairs", "cache": tmp_path, **call})
+            assert bool(encoded) != again, call
 
 
-@pytest.mark.parametrize("missing", ["complete", "completions.flat.npy"])
+def test_a_stored_report_says_what_the_first_said(words: Any, tmp_path: Path) -> None:
+    rows = [PAIR, PAIR, {**PAIR, "chosen": " b"}, {**PAIR, "prompt": "say a: " * 9}, {**PAIR, "chosen": " a b c d" * 9}]
+    found = [tokenise(rows, words, "unpaired", cache=tmp_path, max_length=30)[1].lines() for _ in range(2)]
+    assert found[0] == found[1] == tokenise(rows, words, "unpaired", max_length=30)[1].lines() and len(found[0]) == 6
+
+
+@pytest.mark.parametrize("missing", ["complete", "completions.bin"])
 def test_a_half_written_store_is_not_believed(missing: str, words: Any, tmp_path: Path) -> None:
     """A killed run leaves a folder aside, never one under the final name; one without its mark is written again."""
-    plain, _ = tokenise([PAIR], words, "pairs", cache=tmp_path)
+    plain, _ = tokenise([PAIR], words, "pairs")
+    tokenise([PAIR], words, "pairs", cache=tmp_path)
     (folder,) = tmp_path.iterdir()
     if missing != "complete":
         (folder / missing).write_bytes(b"")

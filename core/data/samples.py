@@ -106,7 +106,7 @@ class Samples:
 
     def take(self, rows: np.ndarray | Sequence[int]) -> Samples:
         """These rows, in this order. Rows that share a prompt go on sharing it."""
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = np.ascontiguousarray(rows, dtype=np.int64)
         if self.kind == "prompts":
             return replace(self, prompts=self.prompts.take(rows), extra=_take_lists(self.extra, rows))
         completions = (rows[:, None] * self.per_row + np.arange(self.per_row)).reshape(-1)

@@ -1,13 +1,16 @@
-"""Text to ids, once: the one tokenisation path of training, rollouts and rewards."""
+"""Data sets as samples of token ids, made once and kept in a store."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
+import math
+import pickle
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from prefzoo.data.chat import Encoded, LossOn, encode_prompts, encode_rows, encode_sides, turn_ends
 from prefzoo.data.formats import Dataset, DataType, Report, convert, load_dataset
+from prefzoo.data.rows import CONTENT, Fault, Row, asks, is_dialogue
 from prefzoo.data.samples import Kind, Ragged, Samples
+from prefzoo.data.store import MARK, Column, Store, Stored
 from prefzoo.registry import UsageError
 from prefzoo.source import layer_hash
+
+__all__ = ["encode_prompts", "encode_sides", "segments", "tokenise", "tokenizer_hash"]
 
 KIND_TO_TYPE: dict[Kind, DataType] = {
     "prompts": "prompt",
@@ -27,65 +35,19 @@ KIND_TO_TYPE: dict[Kind, DataType] = {
     "unpaired": "unpaired",
     "pairs": "preference",
 }
-_TEXT_COLUMNS = {"prompt", "chosen", "rejected", "completion", "label"}
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
-    """Ids of prompts: with the tokenizer's own special tokens (BOS), or through the chat template for messages."""
-    if prompts and not isinstance(prompts[0], str):
-        return [_chat_ids(tokenizer, p, prompt=True) for p in prompts]
-    return tokenizer(list(prompts), add_special_tokens=True)["input_ids"]
-
-
-def encode_sides(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], sides: Sequence[Sequence[Any]]
-) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Ids of prompts and of one or two completions each.
-
-    Prompt + completion is tokenised as a whole; the completion starts after the longest token prefix that all sides
-    share with the prompt tokenised alone (tokens may merge across the boundary; what merges goes to the completion).
-    Plain text gets the EOS token if it does not end with it; for messages the chat template closes the turn.
-
-    Returns:
-        prompt ids, and per row the ids of each side.
-    """
-    alone = encode_prompts(tokenizer, prompts)
-    whole: list[list[list[int]]] = []
-    for side in sides:
-        if prompts and not isinstance(prompts[0], str):
-            whole.append(
-                [_to_last_eos(tokenizer, _chat_ids(tokenizer, [*p, *c])) for p, c in zip(prompts, side, strict=True)]
-            )
-        else:
-            eos = tokenizer.eos_token
-            texts = [p + (c if c.endswith(eos) else c + eos) for p, c in zip(prompts, side, strict=True)]
-            whole.append(tokenizer(texts, add_special_tokens=True)["input_ids"] if texts else [])
-    kept, cut = [], []
-    for row, prompt in enumerate(alone):
-        ids = [w[row] for w in whole]
-        shared = min((_common_prefix(prompt, i) for i in ids), default=len(prompt))
-        kept.append(prompt[:shared])
-        cut.append([i[shared:] for i in ids])
-    return kept, cut
-
-
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Any, prompt: bool = False) -> list[int]:
-    if tokenizer.chat_template is None:
-        raise UsageError(
-            "the data holds messages, but the tokenizer has no chat template; set tokenizer.chat_template."
-        )
-    ids = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=prompt, return_dict=True)
-    return list(ids["input_ids"])
-
-
-def _to_last_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Without the white space that a template writes after the EOS of the last turn: answers end with EOS."""
-    last = len(ids) - 1 - ids[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids) - 1
-    return ids if tokenizer.decode(ids[last + 1 :]).strip() else ids[: last + 1]
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+SIDES: dict[Kind, list[str]] = {
+    "prompts": [],
+    "completions": ["completion"],
+    "unpaired": ["completion"],
+    "pairs": ["chosen", "rejected"],
+}
+NUMBERS: dict[Kind, tuple[str, ...]] = {  # the user's columns that losses read
+    "prompts": (),
+    "completions": ("weight",),
+    "unpaired": ("weight",),
+    "pairs": ("margin", "weight", "score_chosen", "score_rejected"),
+}
+BLOCK = 512  # rows that are tokenised together; no more are in memory when streaming
 
 
 def tokenise(
@@ -96,41 +58,249 @@ def tokenise(
     max_length: int = 1024,
     cache: Path | None = None,
     strict: bool = False,
+    loss_on: LossOn | None = None,
 ) -> tuple[Samples, Report]:
     """A data set as samples of a kind: read, checked, converted, tokenised.
 
     Completions over ``max_length`` (prompt + completion) are cut at the end and counted; rows whose prompt alone
     reaches it are dropped and counted. With ``cache`` the ids are stored there once per (data, tokenizer, kind,
-    length) and memory-mapped.
+    loss_on, length) and memory-mapped; streamed data without it go through a temporary folder.
+
+    Args:
+        loss_on: the tokens that carry loss, in ``tokens["trainable"]`` where they are not all. None: completions (of
+            several turns, the assistant's), the assistant's turns of ``messages``, the whole of ``text``.
+            "completion": completions with all their turns. "assistant": the assistant's turns of whole dialogues,
+            prompts included. "all": prompts and completions as one text.
     """
-    data = load_dataset(source, strict=strict)
-    dropped, data = data.report, convert(data, KIND_TO_TYPE[kind])
-    report = Report(
-        data.report.source, data.type, dropped=dropped.dropped.copy(), cut=data.report.cut.copy(),
-        examples=dict(dropped.examples),
-    )  # fmt: skip
-    prompts = [r["prompt"] for r in data.rows]
-    folder = None
-    if cache is not None:
-        folder = cache / _store_key(data, tokenizer, kind)
-    if folder is not None and (folder / "complete").exists():
-        prompt_ids = Ragged.load(folder, "prompts")
-        completion_ids = Ragged.load(folder, "completions")
-    else:
-        if kind == "prompts":
-            alone, sides = encode_prompts(tokenizer, prompts), list[list[list[int]]]()
+    loaded = load_dataset(source, strict=strict)
+    data = _as_kind(loaded, kind, loss_on)
+    report = Report(loaded.report.source, data.type)
+    report.add(loaded.report)
+    folder = None if cache is None else cache / _store_key(loaded, tokenizer, kind, loss_on, max_length)
+    temporary = None
+    if folder is None and data.streamed:
+        temporary = Path(tempfile.mkdtemp(prefix="prefzoo-"))
+        folder = temporary / "tokens"
+    try:
+        if folder is not None and (folder / MARK).exists():
+            stored = Stored.open(folder)
         else:
-            names = ("chosen", "rejected") if kind == "pairs" else ("completion",)
-            alone, sides = encode_sides(tokenizer, prompts, [[r[n] for r in data.rows] for n in names])
-        prompt_ids, completion_ids = Ragged.of(alone), Ragged.of([c for row in sides for c in row])
-        if folder is not None:
-            _store(folder, prompt_ids, completion_ids)
-    samples, report = _samples(data, kind, prompt_ids, completion_ids, max_length, report)
-    if kind != "prompts":
-        prompt, first = samples.prompts[0], [samples.completions[i] for i in range(samples.per_row)]
-        shown = " | ".join(f"[[{_short(tokenizer.decode(side))}]]" for side in first)
-        report.masked = f"{_short(tokenizer.decode(prompt), end=True)} {shown}"
-    return samples, report
+            stored = _write(Store(folder), data, tokenizer, kind, loss_on, max_length, strict, loaded is not data)
+    finally:
+        if temporary is not None:  # what is mapped stays readable until nothing refers to it
+            shutil.rmtree(temporary, ignore_errors=True)
+    found = stored.facts["report"]
+    dropped, cut, notes = (Counter(found[name]) for name in ("dropped", "cut", "notes"))
+    report.add(Report(report.source, data.type, 0, dropped, cut, notes, found["examples"]))
+    report.rows, report.masked = found["rows"], found["masked"]
+    if report.rows == 0:
+        raise report.nothing_left()
+    return _samples(stored, data, kind), report
+
+
+def _as_kind(data: Dataset, kind: Kind, loss_on: LossOn | None) -> Dataset:
+    """The data as the type that a kind of samples is made of."""
+    name, to = f"loss_on={loss_on!r}", KIND_TO_TYPE[kind]
+    lm = kind == "completions" and data.type == "language_modeling"
+    if loss_on is not None:
+        first = next(iter(data))
+        if loss_on not in ("completion", "assistant", "all"):
+            raise UsageError(f"{name}: expected 'completion', 'assistant' or 'all'.")
+        if kind == "prompts":
+            raise UsageError(f"{name} has no effect on prompts: what is sampled carries the loss.")
+        if loss_on == "assistant" and not is_dialogue(first, data.type):
+            raise UsageError(f"{name}: data {data.report.source} holds plain text, in which nobody has turns.")
+        if loss_on == "completion" and lm:
+            raise UsageError(
+                f"{name}: data {data.report.source} has no completions (type language_modeling); give 'prompt' and "
+                "'completion', or leave loss_on out."
+            )
+        if loss_on == "all" and kind != "completions":
+            raise UsageError(f"{name} has no meaning for {kind}: answers are compared, and all have the same prompt.")
+    if lm:
+        return data
+    data = convert(data, to)
+    return convert(data, "language_modeling") if kind == "completions" and loss_on in ("assistant", "all") else data
+
+
+def _write(
+    store: Store, data: Dataset, tokenizer: PreTrainedTokenizerBase, kind: Kind, loss_on: LossOn | None,
+    max_length: int, strict: bool, converted: bool,
+) -> Stored:  # fmt: skip
+    writer = _Writer(store, data, tokenizer, kind, max_length, strict)
+    try:
+        rows = enumerate(data)
+        while block := list(itertools.islice(rows, BLOCK)):
+            sides = SIDES[kind]
+            if data.type == "language_modeling":
+                sides = ["messages" if "messages" in block[0][1] else "text"]
+            writer.add(block, encode_rows(tokenizer, [row for _, row in block], sides, loss_on))
+        if converted:
+            writer.report.add(data.report)
+        return store.close(writer.facts())
+    except BaseException:
+        store.abandon()
+        raise
+
+
+class _Writer:
+    """Encoded rows, cut to the limit, into a store; and the report on them."""
+
+    def __init__(
+        self, store: Store, data: Dataset, tokenizer: PreTrainedTokenizerBase, kind: Kind, max_length: int, strict: bool
+    ) -> None:
+        self.store, self.data, self.tokenizer, self.kind = store, data, tokenizer, kind
+        self.max_length, self.strict = max_length, strict
+        self.report = Report(data.report.source, data.type)
+        self.ends = turn_ends(tokenizer) if kind != "prompts" else set()
+        self.bos = tokenizer.bos_token_id
+        self.adds_bos = self.bos is not None and tokenizer("")["input_ids"][:1] == [self.bos]
+        self.prompts: dict[
+            bytes, int
+        ] = {}  # each distinct prompt is stored once: its completions share its computation
+        self.users: set[str] = set()
+        self.lacks: dict[str, int] = {}  # column of numbers -> the first row that has none
+        self.has: set[str] = set()
+        self.partly = False
+
+    def add(self, block: Sequence[tuple[int, Row]], encoded: Iterable[Encoded | Fault]) -> None:
+        kept: list[tuple[int, Row, Encoded]] = []
+        for (number, row), found in zip(block, encoded, strict=True):
+            if self.kind == "pairs" and row.get("tie"):
+                self.report.cut["ties left out: no loss learns from them yet"] += 1
+                continue
+            try:
+                kept.append((number, row, self._cut(found)))
+            except Fault as fault:
+                shown = repr(str(asks(row, self.data.type))[:100])
+                if self.strict:
+                    raise UsageError(f"data {self.report.source}: {fault}; it starts {shown}") from None
+                self.report.drop(str(fault), shown)
+        if not self.report.rows and kept and self.kind != "prompts":
+            self.report.masked = self._shown(kept[0][2])
+        self.report.rows += len(kept)
+        self._store(kept)
+
+    def _cut(self, found: Encoded | Fault) -> Encoded:
+        if isinstance(found, Fault):
+            raise found
+        room = self.max_length - len(found.prompt)
+        if not found.prompt:
+            raise Fault("a prompt without tokens")
+        if room <= 0:
+            raise Fault(f"prompt reaches the limit of {self.max_length} tokens")
+        trained = [mask and mask[:room] for mask in found.trained]
+        if any(mask is not None and not any(mask) for mask in trained):
+            raise Fault(f"no token that carries loss within the limit of {self.max_length} tokens")
+        cut, notes = self.report.cut, self.report.notes
+        for ids, mask in zip(found.completions, found.trained, strict=True):
+            if len(ids) > room:
+                cut[f"completions cut at {self.max_length} tokens (prompt + completion)"] += 1
+            elif not self.ends.intersection(itertools.compress(ids, mask) if mask else ids):
+                notes["completions whose loss holds no token that ends the turn: nothing there teaches to stop"] += 1
+        if self.adds_bos and is_bos(found.prompt, self.bos) != 1:
+            doubled = is_bos(found.prompt, self.bos) > 1
+            notes[
+                "prompts begin with several BOS tokens: the chat template writes them"
+                if doubled
+                else "prompts begin without the BOS token that plain text gets: the chat template writes none"
+            ] += 1
+        return Encoded(found.prompt, [ids[:room] for ids in found.completions], trained)
+
+    def _store(self, kept: Sequence[tuple[int, Row, Encoded]]) -> None:
+        new: list[tuple[int, Row, Encoded]] = []
+        owners: list[int] = []
+        for one in kept:
+            key = hashlib.sha256(np.asarray(one[2].prompt, dtype=np.int32).tobytes()).digest()[:16]
+            if self.kind == "prompts" or key not in self.prompts:
+                self.prompts[key] = len(self.prompts)
+                new.append(one)
+            owners += [self.prompts[key]] * len(one[2].completions)
+        add, sides = self.store.add, [side for _, _, e in kept for side in e.completions]
+        self.store.add_ragged("prompts", [e.prompt for _, _, e in new])
+        add("rows", [number for number, _, _ in new], "int64")
+        self.store.add_ragged("completions", sides)
+        add("prompt_B", owners, "int64")
+        masks = [np.ones(len(ids), bool) if mask is None else mask for _, _, e in kept
+                 for ids, mask in zip(e.completions, e.trained, strict=True)]  # fmt: skip
+        self.partly |= not all(map(all, (mask for _, _, e in kept for mask in e.trained if mask is not None)))
+        add("trainable", np.concatenate(masks) if masks else [], "bool")
+        if self.kind == "unpaired":
+            add("desirable", [row["label"] for _, row, _ in kept], "bool")
+        for name in NUMBERS[self.kind]:
+            add(name, [self._number(name, number, row) for number, row, _ in kept], "float32")
+        for _, row, _ in kept:
+            self.users |= set(row) - CONTENT
+        if self.data.streamed:
+            held = [{**_users(row), "prompt": asks(row, self.data.type)} for _, row, _ in new]
+            self.store.add_ragged("extra", [np.frombuffer(pickle.dumps(h), np.uint8) for h in held], "uint8")
+
+    def _number(self, name: str, number: int, row: Row) -> float:
+        value = row.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            self.has.add(name)
+            return value
+        if value is not None and name in ("margin", "weight"):
+            raise UsageError(f"column {name!r}, row {number + 1}: expected a number, got {value!r}.")
+        self.lacks.setdefault(name, number + 1)
+        return float("nan")
+
+    def _shown(self, first: Encoded) -> str:
+        """The first row, what carries loss in brackets."""
+        sides = []
+        for ids, mask in zip(first.completions, first.trained, strict=True):
+            parts = segments(self.tokenizer, ids, mask)
+            sides.append("".join(f"[[{_short(text)}]]" if learned else _short(text) for text, learned in parts))
+        return f"{_short(self.tokenizer.decode(first.prompt), end=True)} {' | '.join(sides)}"
+
+    def facts(self) -> dict[str, Any]:
+        for name in ("margin", "weight"):
+            if name in self.has and name in self.lacks:
+                raise UsageError(f"column {name!r}, row {self.lacks[name]}: expected a number, got None.")
+        r = self.report
+        report = {name: getattr(r, name) for name in ("rows", "dropped", "cut", "notes", "examples", "masked")}
+        numbers = sorted(self.has - set(self.lacks))
+        return {"report": report, "users": sorted(self.users), "numbers": numbers, "partly": self.partly}
+
+
+def is_bos(ids: Sequence[int], bos: int | None) -> int:
+    """How many BOS tokens ids begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda i: i == bos, ids))
+
+
+def _users(row: Row) -> Row:
+    return {k: v for k, v in row.items() if k not in CONTENT}
+
+
+def _samples(stored: Stored, data: Dataset, kind: Kind) -> Samples:
+    arrays, facts = stored.arrays, stored.facts
+    names = [*facts["users"], "prompt"]
+    extra: dict[str, Sequence[Any]]
+    if data.streamed:
+        extra = {name: Column(stored.ragged("extra"), name) for name in names}
+    else:
+        rows = [data.rows[i] for i in arrays["rows"]]
+        extra = {name: [row.get(name) for row in rows] for name in facts["users"]}
+        extra["prompt"] = [asks(row, data.type) for row in rows]
+    prompts = stored.ragged("prompts")
+    if kind == "prompts":
+        return Samples(kind, prompts, Ragged.of([]), np.zeros(0, dtype=np.int64), extra=extra)
+    numbers = {name: torch.from_numpy(arrays[name]) for name in facts["numbers"]}
+    labels = {"desirable": torch.from_numpy(arrays["desirable"])} if kind == "unpaired" else {}
+    tokens: dict[str, Tensor] = {"trainable": torch.from_numpy(arrays["trainable"])} if facts["partly"] else {}
+    return Samples(
+        kind, prompts, stored.ragged("completions"), np.asarray(arrays["prompt_B"]), tokens=tokens, extra=extra,
+        columns=labels if kind == "pairs" else {**labels, **numbers}, pair_columns=numbers if kind == "pairs" else {},
+    )  # fmt: skip
+
+
+def segments(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool] | None = None
+) -> list[tuple[str, bool]]:
+    """Ids as text, in runs of tokens that carry loss and tokens that do not."""
+    marks = [True] * len(ids) if trained is None else trained
+    runs = itertools.groupby(zip(ids, marks, strict=True), key=lambda pair: bool(pair[1]))
+    return [(tokenizer.decode([int(i) for i, _ in run]), learned) for learned, run in runs]
 
 
 def _short(text: str, end: bool = False) -> str:
@@ -141,76 +311,10 @@ def _short(text: str, end: bool = False) -> str:
     return f"... {line[-60:]}" if end else f"{line[:40]} ... {line[-36:]}"
 
 
-def _samples(
-    data: Dataset, kind: Kind, prompts: Ragged, completions: Ragged, max_length: int, report: Report
-) -> tuple[Samples, Report]:
-    lengths = prompts.lengths
-    usable = (lengths > 0) & (lengths < max_length)
-    for row in np.flatnonzero(~usable):
-        reason = f"prompt reaches the limit of {max_length} tokens" if lengths[row] else "a prompt without tokens"
-        report.drop(reason, repr(str(data.rows[row]["prompt"])[:100]))
-    per_row = {"prompts": 0, "completions": 1, "unpaired": 1, "pairs": 2}[kind]
-    rows = np.flatnonzero(usable)
-    if len(rows) == 0:
-        raise UsageError("\n".join([f"data {report.source}: no usable row is left.", *report.lines()[1:]]))
-    report.rows = len(rows)
-    which = (rows[:, None] * per_row + np.arange(per_row)).reshape(-1)
-    room = np.repeat(max_length - lengths[rows], per_row)
-    over = completions.lengths[which] > room
-    if over.any():
-        report.cut[f"completions cut at {max_length} tokens (prompt + completion)"] = int(over.sum())
-        completions = Ragged.of(completions[int(i)][:r] for i, r in zip(which, room, strict=True))
-    elif len(rows) < len(lengths):
-        completions = completions.take(which)
-    prompts = prompts if len(rows) == len(lengths) else prompts.take(rows)
-    kept = [data.rows[i] for i in rows]
-    extra_names = sorted({k for r in kept for k in r} - _TEXT_COLUMNS)
-    columns: dict[str, Tensor] = {}
-    pair_columns: dict[str, Tensor] = {}
-    if kind == "unpaired":
-        columns["desirable"] = torch.tensor([bool(r["label"]) for r in kept])
-    per_row_columns = pair_columns if kind == "pairs" else columns
-    for name in ("margin", "weight") if kind == "pairs" else ("weight",) if kind != "prompts" else ():
-        if name in extra_names:
-            per_row_columns[name] = _numbers(name, [r.get(name) for r in kept])
-    # Each distinct prompt is stored once, so that completions of one prompt can share its computation.
-    unique, inverse = _distinct(prompts)
-    extra = {"prompt": [r["prompt"] for r in kept], **{k: [r.get(k) for r in kept] for k in extra_names}}
-    if kind == "prompts":
-        return Samples(kind, prompts, Ragged.of([]), np.zeros(0, dtype=np.int64), extra=extra), report
-    same_extra = {k: [v[i] for i in unique] for k, v in extra.items()}
-    return (
-        Samples(
-            kind, prompts.take(unique), completions, np.repeat(inverse, per_row),
-            columns=columns, pair_columns=pair_columns, extra=same_extra,
-        ),
-        report,
-    )  # fmt: skip
-
-
-def _numbers(name: str, values: list[Any]) -> Tensor:
-    for row, value in enumerate(values, 1):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UsageError(f"column {name!r}, row {row}: expected a number, got {value!r}.")
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def _distinct(prompts: Ragged) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each distinct prompt, and for every row the number of its prompt."""
-    seen: dict[bytes, int] = {}
-    inverse = np.empty(len(prompts), dtype=np.int64)
-    first: list[int] = []
-    for row in range(len(prompts)):
-        key = prompts[row].tobytes()
-        if key not in seen:
-            seen[key] = len(first)
-            first.append(row)
-        inverse[row] = seen[key]
-    return np.asarray(first, dtype=np.int64), inverse
-
-
-def _store_key(data: Dataset, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> str:
-    facts = [data.hash(), tokenizer_hash(tokenizer), kind, layer_hash()]
+def _store_key(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, kind: Kind, loss_on: LossOn | None, max_length: int
+) -> str:
+    facts = [data.hash(), tokenizer_hash(tokenizer), kind, loss_on, max_length, data.streamed, layer_hash()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
 
@@ -220,18 +324,3 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     body = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     facts = [body, str(tokenizer.special_tokens_map), tokenizer.chat_template]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def _store(folder: Path, prompts: Ragged, completions: Ragged) -> None:
-    """Written aside and renamed, so that a killed run leaves no half store."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent))
-    prompts.save(aside, "prompts")
-    completions.save(aside, "completions")
-    (aside / "complete").touch()
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # without its mark it is nobody's
-    try:
-        os.replace(aside, folder)
-    except OSError:  # another process was first
-        shutil.rmtree(aside)

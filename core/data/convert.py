@@ -1,0 +1,223 @@
+"""Conversions: the same data as another type."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+from prefzoo.data.rows import ANSWERS, Dataset, DataType, Passes, Report, Row, digest
+from prefzoo.registry import UsageError
+
+Give = Callable[[Row, Report], Iterable[Row]]  # the rows made from one, and what is to be counted
+
+
+def _without(row: Row, *columns: str) -> Row:
+    return {k: v for k, v in row.items() if k not in columns}
+
+
+def prompt_only(row: Row) -> Row:
+    """The row without answers and labels; the user's other columns stay."""
+    return _without(row, *ANSWERS)
+
+
+def _prompt(row: Row, report: Report) -> Iterable[Row]:
+    yield prompt_only(row)
+
+
+def _scored_prompt(row: Row, report: Report) -> Iterable[Row]:
+    yield _without(row, "completion", "score")
+
+
+def _chosen(row: Row, report: Report) -> Iterable[Row]:
+    yield {**_without(row, "chosen", "rejected", "tie"), "completion": row["chosen"]}
+
+
+def _both_sides(row: Row, report: Report) -> Iterable[Row]:
+    if row.get("tie"):
+        report.cut["ties left out: neither side is the better one"] += 1
+        return
+    for side in ("chosen", "rejected"):
+        yield {**_without(row, "chosen", "rejected", "tie"), "completion": row[side], "label": side == "chosen"}
+
+
+def _desirable(row: Row, report: Report) -> Iterable[Row]:
+    if row["label"]:
+        yield _without(row, "label")
+    else:
+        report.cut["undesirable completions left out"] += 1
+
+
+def _whole(row: Row, report: Report) -> Iterable[Row]:
+    column = "text" if isinstance(row["prompt"], str) else "messages"
+    yield {**_without(row, "prompt", "completion"), column: row["prompt"] + row["completion"]}
+
+
+def _last_turn(row: Row, report: Report) -> Iterable[Row]:
+    """Of a dialogue, the last turn of the assistant and what comes before it; what is said later is left out."""
+    said = row.get("messages")
+    if said is None:
+        raise UsageError(
+            f"data {report.source}: plain text (column 'text') has no prompt; give 'prompt' and 'completion'."
+        )
+    last = max((i for i, m in enumerate(said) if m["role"] == "assistant"), default=0)
+    if last == 0:
+        report.cut["dialogues left out: nothing that the assistant answers"] += 1
+        return
+    yield {**_without(row, "messages"), "prompt": said[:last], "completion": [said[last]]}
+
+
+def _asked(row: Row, report: Report) -> Iterable[Row]:
+    said = row.get("messages")
+    if said and said[-1]["role"] in ("user", "tool"):
+        yield {**_without(row, "messages"), "prompt": said}
+    else:
+        yield from map(prompt_only, _last_turn(row, report))
+
+
+def _steps(row: Row, report: Report) -> Iterable[Row]:
+    rest = _without(row, "completions", "labels")
+    yield {**rest, "completion": "".join(row["completions"]), "label": all(row["labels"])}
+
+
+def _right_steps(row: Row, report: Report) -> Iterable[Row]:
+    for whole in _steps(row, report):
+        yield from _desirable(whole, report)
+
+
+def scores_of(row: Row) -> list[float]:
+    """Scores of the completions of a ranking, a higher one better."""
+    return row["scores"] if row.get("scores") is not None else [-float(r) for r in row["ranks"]]
+
+
+def _all_pairs(row: Row, report: Report) -> Iterable[Row]:
+    rest, scores = _without(row, "completions", "scores", "ranks"), scores_of(row)
+    if len(set(scores)) < 2:
+        report.cut["prompts left out: no two answers of different score"] += 1
+        return
+    for i, j in itertools.combinations(range(len(scores)), 2):
+        if row["completions"][i] == row["completions"][j]:
+            report.cut["pairs of identical completions left out"] += 1
+        elif scores[i] == scores[j]:
+            report.cut["pairs of equal score left out"] += 1
+        else:
+            win, lose = (i, j) if scores[i] > scores[j] else (j, i)
+            known = {} if "ranks" in row else {"score_chosen": scores[win], "score_rejected": scores[lose]}
+            yield {**rest, "chosen": row["completions"][win], "rejected": row["completions"][lose], **known}
+
+
+def _best(row: Row, report: Report) -> Iterable[Row]:
+    scores = scores_of(row)
+    rest = _without(row, "completions", "scores", "ranks")
+    yield {**rest, "completion": row["completions"][scores.index(max(scores))]}
+
+
+def _best_and_worst(row: Row, report: Report) -> Iterable[Row]:
+    rest, scores = _without(row, "completions", "scores", "ranks"), scores_of(row)
+    best, worst = scores.index(max(scores)), scores.index(min(scores))
+    if scores[best] == scores[worst]:
+        report.cut["prompts left out: no two answers of different score"] += 1
+        return
+    yield {**rest, "completion": row["completions"][best], "label": True}
+    yield {**rest, "completion": row["completions"][worst], "label": False}
+
+
+STEPS: dict[tuple[DataType, DataType], Give] = {
+    ("preference", "prompt_completion"): _chosen,
+    ("preference", "unpaired"): _both_sides,
+    ("preference", "prompt"): _prompt,
+    ("unpaired", "prompt_completion"): _desirable,
+    ("unpaired", "prompt"): _prompt,
+    ("prompt_completion", "language_modeling"): _whole,
+    ("prompt_completion", "prompt"): _prompt,
+    ("language_modeling", "prompt_completion"): _last_turn,
+    ("language_modeling", "prompt"): _asked,
+    ("stepwise", "prompt_completion"): _right_steps,
+    ("stepwise", "unpaired"): _steps,
+    ("stepwise", "prompt"): _prompt,
+    ("ranking", "preference"): _all_pairs,
+    ("ranking", "prompt_completion"): _best,
+    ("ranking", "unpaired"): _best_and_worst,
+    ("ranking", "prompt"): _prompt,
+    ("scored", "prompt"): _scored_prompt,
+}
+THROUGH: dict[tuple[DataType, DataType], DataType] = {  # in two steps
+    (kind, "language_modeling"): "prompt_completion" for kind in ("preference", "unpaired", "stepwise", "ranking")
+}
+GROUPED: tuple[DataType, ...] = ("ranking", "preference", "unpaired", "prompt_completion", "language_modeling")
+
+
+def can_become(to: DataType) -> list[DataType]:
+    """The types that can be converted to a type, itself first."""
+    found: list[DataType] = [to, *(a for a, b in [*STEPS, *THROUGH] if b == to)]
+    return [*found, "scored"] if to in GROUPED else found
+
+
+def convert(data: Dataset, to: DataType) -> Dataset:
+    """The same data as another type.
+
+    Pairs become chosen answers, desirable and undesirable rows, or prompts; rankings become all their pairs of
+    different score, the best answer, or the best and the worst; scored answers are grouped by prompt into rankings.
+    Rows made from one stay neighbours: the training order is shuffled by (seed, epoch) anyway, so classes mix.
+    """
+    if data.type == to:
+        return data
+    if data.type == "scored" and to in GROUPED:
+        return convert(_grouped(data), to)
+    between = THROUGH.get((data.type, to))
+    steps = [STEPS.get((data.type, between or to)), *([STEPS.get((between, to))] if between else [])]
+    first, *then = steps
+    if first is None:
+        raise UsageError(
+            f"data {data.report.source} is of type {data.type}; it cannot become {to}. "
+            f"Types that can: {', '.join(can_become(to))}."
+        )
+
+    def make(report: Report) -> Iterator[Row]:
+        made: Iterable[Row] = (new for row in data for new in first(row, report))
+        for step in then:
+            assert step is not None
+            made = (new for row in made for new in step(row, report))
+        return _distinct(made, report) if to == "prompt" else iter(made)
+
+    return derived(data, to, make)
+
+
+def derived(data: Dataset, to: DataType, make: Callable[[Report], Iterator[Row]]) -> Dataset:
+    """A data set made from another one, streamed if that is."""
+    report = Report(data.report.source, to)
+    rows = Passes(make, report)
+    return Dataset(rows if data.streamed else list(rows), to, report)
+
+
+def _distinct(rows: Iterable[Row], report: Report) -> Iterator[Row]:
+    seen: set[bytes] = set()
+    for row in rows:
+        key = digest(row)
+        if key in seen:
+            report.cut["rows left out that ask the same as another"] += 1
+            continue
+        seen.add(key)
+        yield row
+
+
+def _grouped(data: Dataset) -> Dataset:
+    """Scored answers as rankings: the answers of one prompt together, in the order of the first."""
+    if data.streamed:
+        raise UsageError(
+            f"data {data.report.source}: scored answers are grouped by prompt, for which all must be in memory; "
+            "leave out streaming, or store rankings (prompt, completions, scores)."
+        )
+    groups: dict[bytes, Row] = {}
+    for row in data:
+        new = {**_without(row, "completion", "score"), "completions": [], "scores": []}
+        group = groups.setdefault(digest(row["prompt"]), new)
+        group["completions"].append(row["completion"])
+        group["scores"].append(row["score"])
+    rows = list(groups.values())
+    return Dataset(rows, "ranking", Report(data.report.source, "ranking", len(rows)))
+
+
+def to_implicit(row: Row) -> Row:
+    """A pair without its prompt: each side begins with it."""
+    rest = _without(row, "prompt", "chosen", "rejected")
+    return {**rest, "chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]}
