@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +11,14 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MambaConfig, MistralConfig, RwkvConfig
 
 from prefzoo.data.samples import Ragged, Samples
-from prefzoo.models.load import load_causal
+from prefzoo.models.load import load_causal, load_policy
 from prefzoo.models.roles import Policy
 from prefzoo.models.tree import HOOK, TreeBatch, pack_rows
 from prefzoo.registry import UsageError
-from prefzoo.rollout import Finish, LoopEngine, Sampling
+from prefzoo.rollout import CacheEngine, Finish, LoopEngine, Sampling, rollout_engine
 from prefzoo.rollout.loop import choose
 from prefzoo.seeds import derive_seed, generator, uniforms
 
@@ -225,6 +226,52 @@ def test_rows_that_finish_are_dropped_without_a_trace(policy: Policy) -> None:
         for s, row in zip(endless.completions.offsets, cut, strict=False)
     ])  # fmt: skip
     torch.testing.assert_close(dropping.tokens["old_logps"], kept, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the library's cache
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_both_engines_draw_the_same_samples(policy: Policy, rows: int) -> None:
+    """The library's cache against the slab behind the hook, for a model that both can serve."""
+    assert type(rollout_engine(policy, EOS)) is LoopEngine
+    expected = sample(policy, n=4, seed=9, top_p=0.9)
+    other = copy.deepcopy(policy)
+    other.model.set_attn_implementation("eager")
+    engine = rollout_engine(other, EOS, rows_per_batch=rows)
+    assert type(engine) is CacheEngine
+    for wrong, served in ((CacheEngine, policy), (LoopEngine, other)):
+        with pytest.raises(UsageError, match="rollout_engine"):
+            wrong(served, EOS)
+    found = engine.generate(PROMPTS, 4, Sampling(top_p=0.9, max_new_tokens=20), 9)
+    assert texts(found) == texts(expected)
+    assert found.columns["finish"].tolist() == expected.columns["finish"].tolist()
+    torch.testing.assert_close(found.tokens["old_logps"], expected.tokens["old_logps"], atol=1e-5, rtol=1e-5)
+
+
+UNPACKED: dict[str, Callable[[], Any]] = {
+    "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=8, sliding_window=4),
+    "mamba": lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+    "no cache that drops rows": lambda: RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+}
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_models_on_padded_batches_are_sampled_from_exactly(name: str) -> None:
+    """Sampler and learner agree, neighbours do not matter, and finished rows leave no trace."""
+    torch.manual_seed(0)
+    padded = load_policy(AutoModelForCausalLM.from_config(UNPACKED[name]()))
+    assert not padded.packed
+    draw = lambda rows, eos=EOS: rollout_engine(padded, eos, rows_per_batch=rows).generate(  # noqa: E731
+        PROMPTS, 3, Sampling(max_new_tokens=20), 5
+    )
+    whole = draw(512)
+    with torch.no_grad():
+        learner_C = padded(TreeBatch.of(whole)).logps_C
+    torch.testing.assert_close(whole.tokens["old_logps"], learner_C, atol=1e-4, rtol=1e-4)
+    assert texts(draw(1)) == texts(whole)
+    endless = texts(draw(512, -1))
+    assert texts(whole) == [row[: row.index(EOS) + 1] if EOS in row else row for row in endless] != endless
 
 
 # ------------------------------------------------------------------------------------------------ what comes back

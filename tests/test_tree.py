@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,33 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
     CohereConfig,
     Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )  # fmt: skip
 
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.models import roles
-from prefzoo.models.load import check_packing, learn_tokenizer, load_causal, new_scorer, tiny_model
+from prefzoo.models.load import (
+    check_packing,
+    learn_tokenizer,
+    load_causal,
+    load_policy,
+    new_critic,
+    new_scorer,
+    set_checkpointing,
+    tiny_model,
+)
 from prefzoo.models.reference import token_scores
 from prefzoo.models.roles import Policy
 from prefzoo.models.tree import HOOK, TreeBatch, micro_batches, pack_rows
@@ -63,6 +80,9 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama with grouped keys": lambda: made(LlamaConfig(**SHAPE, num_key_value_heads=2)),
     "qwen2 with biases": lambda: made(Qwen2Config(**SHAPE, num_key_value_heads=4)),
     "mistral with a window of 5": lambda: made(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=5)),
+    "qwen3": lambda: made(Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=8)),
+    "gemma": lambda: made(GemmaConfig(**SHAPE, num_key_value_heads=1, head_dim=8)),
+    "gpt2": lambda: made(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128)),
     "mistral with a window of 2": lambda: made(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=2)),
 }
 
@@ -82,6 +102,7 @@ def forest(seed: int, trees: int = 7) -> Rows:
 
 def one_by_one(model: PreTrainedModel, rows: Rows) -> Tensor:
     """The library's own forward of each prompt + completion, without packing."""
+    attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         out = []
@@ -92,7 +113,7 @@ def one_by_one(model: PreTrainedModel, rows: Rows) -> Tensor:
                 out.append(logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0])
         return torch.cat(out)
     finally:
-        model.set_attn_implementation(HOOK)
+        model.set_attn_implementation(attention)
 
 
 def gradients(model: PreTrainedModel, value: Tensor) -> dict[str, Tensor]:
@@ -136,14 +157,19 @@ def test_recomputed_and_interleaved_forwards_keep_their_own_plans(model: PreTrai
     first, second = forest(4, trees=3), forest(5, trees=3)
     singles = [one_by_one(model, rows) for rows in (first, second)]
     expected = gradients(model, sum((s * weights_of(s)).sum() for s in singles))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    try:
-        packed = [Policy(model)(TreeBatch.of(pack_rows(rows))).logps_C for rows in (first, second)]
-        assert_same_gradients(gradients(model, sum((p * weights_of(p)).sum() for p in packed)), expected)
-    finally:
-        model.gradient_checkpointing_disable()
-        model.eval()
+    policy = copy.deepcopy(Policy(model)).train()
+    set_checkpointing(policy)
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    mlp = next(m for name, m in policy.named_modules() if name.endswith("mlp"))
+    mlp.register_forward_pre_hook(count)
+    packed = [policy(TreeBatch.of(pack_rows(rows))).logps_C for rows in (first, second)]
+    assert_same_gradients(gradients(policy.model, sum((p * weights_of(p)).sum() for p in packed)), expected)
+    assert calls == 4, "twice forward, twice again in the backward pass"
 
 
 def test_siblings_do_not_see_each_other(model: PreTrainedModel) -> None:
@@ -204,6 +230,64 @@ def test_bookkeeping_of_a_tree(shape: list[tuple[int, list[int]]], random: Any) 
             cursor += 1
         assert int(tree.last_B[b]) == int(tree.own_C[cursor - 1])
         assert tree.mask_BT[b].tolist() == [t < len(completion) for t in range(tree.mask_BT.shape[1])]
+
+
+# ------------------------------------------------------------------------------------------------ padded rows
+
+PADDED: dict[str, tuple[Callable[[], Any], str]] = {
+    "soft-capped attention": (
+        lambda: Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=6, attn_logit_softcapping=2.0),
+        "gemma2.*packed batches.*softcap",
+    ),
+    "no attention at all": (lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2), "mamba"),
+    "positions in the scores": (
+        lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        "bloom.*do not let their attention be replaced",
+    ),
+    "attention sinks": (
+        lambda: GptOssConfig(**SHAPE, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+                             sliding_window=6, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+        "gpt_oss.*s_aux",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_rows_give_log_probabilities_and_gradients_of_single_sequences(name: str) -> None:
+    model = load_policy(made(PADDED[name][0]())).model
+    rows = forest(3, trees=3)
+    single = one_by_one(model, rows)
+    theirs = gradients(model, (single * weights_of(single)).sum())
+    for share in (True, False):
+        samples = pack_rows(rows)
+        with torch.no_grad():
+            found = token_scores(lambda tree: Policy(model)(tree).logps_C, samples, 60, "cpu", share)
+        torch.testing.assert_close(found, single.detach(), atol=1e-4, rtol=1e-4)
+    padded = Policy(model)(TreeBatch.of(pack_rows(rows))).logps_C
+    assert_same_gradients(gradients(model, (padded * weights_of(padded)).sum()), theirs, rtol=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(0, 50), max_size=4)), min_size=1, max_size=6))
+def test_padded_rows_hold_every_position_after_what_precedes_it(shape: list[tuple[int, list[int]]]) -> None:
+    number = iter(range(10**6))
+    rows = [([next(number) for _ in range(p)], [[next(number) for _ in range(c)] for c in cs]) for p, cs in shape]
+    tree = TreeBatch.of(pack_rows(rows))
+    flat = [ids for bucket in tree.padded.buckets for ids in tree.ids_N[bucket].flatten().tolist()]
+    width = [bucket.shape[1] for bucket in tree.padded.buckets for _ in range(bucket.numel())]
+    assert [flat[i] for i in tree.padded.where_N.tolist()] == tree.ids_N.tolist()
+    begin = 0
+    starts = []
+    for bucket in tree.padded.buckets:
+        starts += [begin + i // bucket.shape[1] * bucket.shape[1] for i in range(bucket.numel())]
+        begin += bucket.numel()
+    before = {}
+    for prompt, completions in rows:
+        for c in [*completions, []]:
+            whole = prompt + c
+            before |= {token: whole[: i + 1] for i, token in enumerate(whole)}
+    for i in tree.padded.where_N.tolist():
+        assert flat[starts[i] : i + 1] == before[flat[i]] and i - starts[i] < width[i]
 
 
 # ------------------------------------------------------------------------------------------------ packing
@@ -315,7 +399,7 @@ def test_rewards_and_values_read_the_right_states() -> None:
     model = load_causal(MODELS["golden"]())
     rows = forest(9, trees=3)
     tree, trunk = TreeBatch.of(pack_rows(rows)), model.base_model
-    scorer = new_scorer(Policy(model))
+    scorer = new_critic(Policy(model))
     torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(0))
     scorer.head.bias.data.fill_(0.25)
     last, mean, values = [], [], []
@@ -353,18 +437,33 @@ def test_models_that_fit_pass_the_check(model: PreTrainedModel) -> None:
     assert check_packing(Policy(model)) < 1e-5
 
 
-SOFTCAP = Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8)
-REFUSED = {
-    "soft-capped attention": (SOFTCAP, "gemma2.*packed batches.*softcap"),
-    "no attention at all": (MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1), "mamba"),
-}
+@pytest.mark.parametrize("name", PADDED)
+def test_models_that_do_not_fit_fall_back_in_words(name: str) -> None:
+    config, words = PADDED[name]
+    notes: list[str] = []
+    policy = load_policy(made(config()), note=notes.append)
+    assert not policy.packed and len(notes) == 1
+    assert re.search(words, notes[0]) and "Batches are padded instead" in notes[0]
+    assert check_packing(policy) < 1e-4
+    if "let their" not in words:
+        with pytest.raises(UsageError, match=words):
+            check_packing(Policy(load_causal(made(config()))))
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_models_that_do_not_fit_are_refused_in_words(name: str) -> None:
-    config, words = REFUSED[name]
-    with pytest.raises(UsageError, match=f"(?s){words}"):
-        check_packing(Policy(load_causal(made(config))))
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    with pytest.raises(UsageError, match="type 'bert' cannot be trained here: neither packed nor padded"):
+        load_policy(made(BertConfig(**SHAPE)))
+
+
+def test_a_window_that_only_the_mask_knows_is_not_packed() -> None:
+    """Short rows would not show it."""
+    model = load_causal(made(Qwen3Config(**SHAPE, num_key_value_heads=4, use_sliding_window=True, sliding_window=99,
+                                         max_window_layers=0, head_dim=8)))  # fmt: skip
+    assert model.config.layer_types == ["sliding_attention"] * 2 and check_packing(Policy(model)) < 1e-5
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+    with pytest.raises(UsageError, match="layers of 'sliding_attention' cannot run on packed batches"):
+        check_packing(Policy(model))
 
 
 def test_the_check_compares_and_does_not_trust() -> None:

@@ -1,33 +1,80 @@
-"""Scores of every completion token without gradient, and reference log-probabilities kept on disk."""
+"""References: the adapter switched off, a frozen copy, or log-probabilities kept on disk."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefzoo.data.samples import Ragged, Samples
-from prefzoo.models.roles import Policy
+from prefzoo.models.roles import Policy, Scores, is_adapter
 from prefzoo.models.tree import TreeBatch, packed
 from prefzoo.source import layer_hash
 
 
+def reference_of(policy: Policy, *, live: bool) -> Policy:
+    """The start of a stage as its anchor; log-probabilities are asked of it without gradient only.
+
+    - A fresh adapter: a view of the policy with the adapter switched off; no copy.
+    - Else, if it is asked while the policy moves (``live``): a frozen copy.
+    - Else the policy itself, which has not moved yet when :func:`cached_logps` asks it.
+    """
+    if policy.fresh_adapter:
+        return AdapterOff(policy)
+    return clone(policy) if live else policy
+
+
+def clone(policy: Policy) -> Policy:
+    """A frozen copy."""
+    return copy.deepcopy(policy).requires_grad_(False).eval()
+
+
+class AdapterOff(Policy):
+    """What a policy was before its adapter: the same weights, so it has no state, mode or gradients of its own."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy.model, policy.adapter, fp32_head=policy.fp32_head, base=policy.base)
+
+    @torch.no_grad()
+    def forward(self, tree: TreeBatch, **options: Any) -> Scores:  # type: ignore[override]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        try:
+            with self.adapter.disable_adapter():
+                return super().forward(tree, **options)
+        finally:  # peft turns on the gradients of every adapter when it comes back
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        return self
+
+
 @torch.no_grad()
 def token_scores(
-    forward: Callable[[TreeBatch], Tensor | None], samples: Samples, token_budget: int, device: torch.device | str
+    forward: Callable[[TreeBatch], Tensor | None],
+    samples: Samples,
+    token_budget: int,
+    device: torch.device | str,
+    share_prompts: bool = True,
 ) -> Tensor:
     """One value per completion token (C,), on the CPU, in the order of the samples, micro-batch by micro-batch."""
     out_C = torch.zeros(len(samples.completions.flat))
-    for completions, tree in packed(samples, token_budget, device):
+    for completions, tree in packed(samples, token_budget, device, share_prompts):
         found = forward(tree)
         assert found is not None
         out_C[torch.from_numpy(samples.completions.positions(completions))] = found.float().cpu()
@@ -51,17 +98,18 @@ def cached_logps(
 ) -> Tensor:
     """Log-probabilities of all completions under a frozen policy, computed once per (weights, samples, precision).
 
-    The file is shared by every algorithm that asks for the same; its name is the hash of the content.
+    The file is shared by every algorithm that asks for the same; its name is the hash of the content. An adapter that
+    is switched off is not part of it: adapters of any kind and seed, and full training, share the file of their start.
     """
 
     def compute() -> Tensor:
         with autocast(precision, device):
-            return token_scores(lambda tree: policy(tree).logps_C, samples, token_budget, device)
+            return token_scores(lambda tree: policy(tree).logps_C, samples, token_budget, device, policy.packed)
 
     if cache is None:
         return compute()
     facts = [weights_hash(policy), _hash(samples.prompts), _hash(samples.completions), samples.prompt_B.tobytes().hex()]
-    facts += [precision, policy.model.config.to_json_string(), layer_hash()]
+    facts += [precision, str(policy.fp32_head), policy.model.config.to_json_string(), layer_hash()]
     file = cache / f"reference-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]}.safetensors"
     if file.exists():
         return load_file(file)["logps"]
@@ -75,12 +123,22 @@ def cached_logps(
 
 
 def weights_hash(module: nn.Module) -> str:
-    """Hash of all weights, their names, shapes and types."""
+    """Hash of all weights, their names, shapes and types; of a model with its adapter off, those of the model."""
+    weights: Mapping[str, Tensor] = module.state_dict()
+    if isinstance(module, AdapterOff):
+        weights = {_plain_name(k): v for k, v in weights.items() if not is_adapter(k)}
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(weights.items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:20]
+
+
+def _plain_name(name: str) -> str:
+    """As the weight is called without peft's layer around it."""
+    for layer in (".token_adapter", ".base_layer", ".original_module"):
+        name = name.replace(layer, "")
+    return name
 
 
 def _hash(ragged: Ragged) -> str:

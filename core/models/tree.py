@@ -6,6 +6,7 @@ siblings; since attention is causal the prompt's states do not depend on the com
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,10 +88,58 @@ def attention_hook(
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with {name!r} cannot run on packed batches")
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    kind = kinds[module.layer_idx] if kinds is not None else None
+    # A window that the library keeps in its mask, which is not used here, would only be missed by long rows.
+    if kind not in (None, "full_attention", "sliding_attention") or (
+        kind == "sliding_attention" and sliding_window is None
+    ):
+        raise NotImplementedError(f"layers of {kind!r} cannot run on packed batches")
     return attention_plan.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
 
 
 AttentionInterface.register(HOOK, attention_hook)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Prompts and completions in the order in which they lie in the packed row."""
+
+    length: np.ndarray
+    start: np.ndarray
+    is_root: np.ndarray
+    parent: np.ndarray  # segment of the prompt, of each completion
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Each completion after its own copy of the prompt, right-padded in buckets of similar length: for models that
+    the hook cannot serve."""
+
+    buckets: tuple[Tensor, ...]  # (R, L) positions in the packed row; padding repeats position 0
+    where_N: Tensor  # of position n of the packed row in the flattened buckets; a prompt is read from one of its rows
+
+    @classmethod
+    def of(cls, segments: Segments, device: torch.device) -> PaddedRows:
+        length, start = segments.length, segments.start
+        leaves = np.flatnonzero(~segments.is_root)
+        childless = np.setdiff1d(np.flatnonzero(segments.is_root), segments.parent)
+        above = np.concatenate([segments.parent, childless])
+        own = np.concatenate([leaves, childless])
+        size = np.concatenate([length[leaves], np.zeros_like(childless)])
+        where = np.empty(start[-1], dtype=np.int64)
+        buckets, done = [], 0
+        total = length[above] + size
+        for rows in _similar(np.arange(len(own)), total, np.zeros_like(total)):
+            step = np.arange(total[rows].max())[None]
+            prompt = length[above[rows], None]
+            place = np.where(step < prompt, start[above[rows], None] + step, start[own[rows], None] + step - prompt)
+            valid = step < total[rows, None]
+            place = np.where(valid, place, 0)
+            where[place[valid]] = done + np.flatnonzero(valid)
+            done += place.size
+            buckets.append(torch.from_numpy(place).to(device))
+        return cls(tuple(buckets), torch.from_numpy(where).to(device))
 
 
 @dataclass(frozen=True)
@@ -106,6 +155,12 @@ class TreeBatch:
     last_B: Tensor  # position of each completion's last token
     mask_BT: Tensor
     plan: AttentionPlan
+    segments: Segments
+
+    @functools.cached_property
+    def padded(self) -> PaddedRows:
+        """The same sequences for a model that cannot run on the packed row."""
+        return PaddedRows.of(self.segments, self.ids_N.device)
 
     @classmethod
     def of(cls, samples: Samples, device: torch.device | str = "cpu") -> TreeBatch:
@@ -161,6 +216,7 @@ class TreeBatch:
             last_B=to((leaf_start + leaf_length - 1)[back]),
             mask_BT=to(mask),
             plan=_plan(length, start, is_root, parent, positions_N),
+            segments=Segments(length, start, is_root, parent),
         )
 
     def __len__(self) -> int:
@@ -225,11 +281,12 @@ def _grid(length: np.ndarray) -> np.ndarray:
     return octave * 2 + (length > 0.75 * 2.0**octave)
 
 
-def micro_batches(samples: Samples, token_budget: int) -> list[np.ndarray]:
+def micro_batches(samples: Samples, token_budget: int, share_prompts: bool = True) -> list[np.ndarray]:
     """Cut the rows of one optimizer step into micro-batches of at most ``token_budget`` tokens, trees kept whole.
 
     First fit, longest first. A tree larger than the budget repeats its prompt; a row larger than it is a batch of
-    its own. Rows stay in their order inside a batch. Deterministic.
+    its own. Rows stay in their order inside a batch. Deterministic. Without ``share_prompts`` (models on padded
+    batches) every completion counts its prompt as well.
     """
     per_row = samples.per_row
     prompt_of_row = samples.prompt_B[::per_row]
@@ -239,13 +296,14 @@ def micro_batches(samples: Samples, token_budget: int) -> list[np.ndarray]:
     order = np.argsort(prompt_of_row, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(prompt_of_row[order])) + 1):
         above = int(prompt_tokens[prompt_of_row[rows[0]]])
-        size, piece = above, list[int]()
+        shared, repeated = (above, 0) if share_prompts else (0, above * per_row)
+        size, piece = shared, list[int]()
         for row in rows.tolist():
-            if piece and size + row_tokens[row] > token_budget:
+            if piece and size + repeated + row_tokens[row] > token_budget:
                 pieces.append((size, piece))
-                size, piece = above, []
+                size, piece = shared, []
             piece.append(row)
-            size += int(row_tokens[row])
+            size += repeated + int(row_tokens[row])
         pieces.append((size, piece))
     pieces.sort(key=lambda p: (-p[0], p[1][0]))
     bins: list[list[int]] = []
@@ -261,9 +319,11 @@ def micro_batches(samples: Samples, token_budget: int) -> list[np.ndarray]:
     return [np.sort(np.asarray(b)) for b in bins]
 
 
-def packed(samples: Samples, token_budget: int, device: torch.device | str) -> Iterator[tuple[np.ndarray, TreeBatch]]:
+def packed(
+    samples: Samples, token_budget: int, device: torch.device | str, share_prompts: bool = True
+) -> Iterator[tuple[np.ndarray, TreeBatch]]:
     """Micro-batch by micro-batch: the numbers of its completions, and the packed row that holds them in that order."""
-    for rows in micro_batches(samples, token_budget):
+    for rows in micro_batches(samples, token_budget, share_prompts):
         completions = (rows[:, None] * samples.per_row + np.arange(samples.per_row)).reshape(-1)
         yield completions, TreeBatch.of(samples.take(rows), device)
 

@@ -1,5 +1,5 @@
 """Rollouts: completions sampled from a policy, with the log-probabilities of the distribution sampled from."""
 
-from prefzoo.rollout.loop import Finish, LoopEngine, Sampling
+from prefzoo.rollout.loop import CacheEngine, Finish, LoopEngine, Sampling, rollout_engine
 
-__all__ = ["Finish", "LoopEngine", "Sampling"]
+__all__ = ["CacheEngine", "Finish", "LoopEngine", "Sampling", "rollout_engine"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.models.roles import Policy
@@ -57,7 +59,9 @@ class _Slab:
     keys: dict[int, Tensor]  # (R, H, L + T, D)
     values: dict[int, Tensor]
     visible: Tensor | None  # (R, L + T): False where a shorter prompt is padded; None if none is
-    column: int = 0
+    lengths_R: Tensor
+    column: int
+    done: int = 0  # tokens decoded
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
@@ -74,16 +78,62 @@ class _Slab:
             for layer in slab:  # one at a time: the old copy goes before the next is made
                 slab[layer] = slab[layer][rows]
         self.visible = None if self.visible is None else self.visible[rows]
+        self.lengths_R = self.lengths_R[rows]
+
+    def advance(self, model: Any, token_R: Tensor) -> Tensor:
+        """Logits (R, V) after one more token of each row."""
+        logits = model(
+            input_ids=token_R[:, None], position_ids=(self.lengths_R + self.done)[:, None], use_cache=False,
+            attention_plan=self, logits_to_keep=1,
+        ).logits[:, 0]  # fmt: skip
+        self.column, self.done = self.column + 1, self.done + 1
+        return logits
+
+
+@dataclass
+class _Cached:
+    """Decode with the library's own cache; where a model gives none that can drop rows, the whole text again."""
+
+    ids_RL: Tensor
+    cache: dict[str, Cache] = field(default_factory=dict)  # under the name that the model's forward takes
+
+    def forward(self, model: Any, ids_RL: Tensor) -> Tensor:
+        out = model(input_ids=ids_RL, use_cache=True, **self.cache)
+        names = ("past_key_values", "cache_params")
+        self.cache = {k: out[k] for k in names if isinstance(getattr(out, k, None), Cache)}
+        return out.logits[:, -1]
+
+    def advance(self, model: Any, token_R: Tensor) -> Tensor:
+        self.ids_RL = torch.cat([self.ids_RL, token_R[:, None]], 1)
+        return self.forward(model, token_R[:, None] if self.cache else self.ids_RL)
+
+    def keep(self, rows: Tensor) -> None:
+        index = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        self.ids_RL = self.ids_RL[index]
+        for cache in self.cache.values():
+            cache.reorder_cache(index)
+
+
+_Memory = _Slab | _Cached
 
 
 class LoopEngine:
-    """Samples from a :class:`Policy` in this process."""
+    """Samples from a :class:`Policy` in this process; a completion ends with any of the EOS ids."""
 
     def __init__(
-        self, policy: Policy, eos_token_id: int, *, rows_per_batch: int = 512, tokens_per_batch: int = 2**17
+        self,
+        policy: Policy,
+        eos_token_id: int | Sequence[int],
+        *,
+        rows_per_batch: int = 512,
+        tokens_per_batch: int = 2**17,
     ) -> None:
+        if isinstance(self, CacheEngine) == policy.packed:
+            raise UsageError(
+                "this engine cannot serve this policy; rollout_engine(policy, ...) gives the one that can."
+            )
         self.policy = policy
-        self.eos = eos_token_id
+        self.ends = torch.tensor(np.atleast_1d(eos_token_id), dtype=torch.long)
         self.rows_per_batch = rows_per_batch
         self.tokens_per_batch = tokens_per_batch  # of the slab: rows x (longest prompt + new tokens)
 
@@ -114,8 +164,7 @@ class LoopEngine:
         per_batch = max(1, min(self.rows_per_batch, self.tokens_per_batch // longest) // n)
         ids: list[np.ndarray] = [np.zeros(0)] * (len(lengths) * n)
         logps: list[Tensor] = [torch.zeros(0)] * (len(lengths) * n)
-        for start in range(0, len(order), per_batch):
-            which = order[start : start + per_batch]
+        for which in self._batches(order, lengths, per_batch):
             row_keys = (keys[which, None] * 65_537 + np.arange(n)).reshape(-1)  # (prompt, number of the sample)
             uniform_RT = uniforms(seed, row_keys, sampling.max_new_tokens)
             rows = self._batch(prompts.prompts.take(which), n, sampling, torch.from_numpy(uniform_RT))
@@ -123,46 +172,47 @@ class LoopEngine:
                 target = int(which[place // n]) * n + place % n
                 ids[target], logps[target] = row_ids, row_logps
         model.train(was_training)
-        finish = [Finish.STOP if i[-1] == self.eos else Finish.LENGTH for i in ids]
+        ends = set(self.ends.tolist())
+        finish = [Finish.STOP if int(i[-1]) in ends else Finish.LENGTH for i in ids]
         return Samples(
             "completions", prompts.prompts, Ragged.of(ids), np.repeat(np.arange(len(lengths)), n),
             columns={"finish": torch.tensor(finish)}, tokens={"old_logps": torch.cat(logps)}, extra=prompts.extra,
         )  # fmt: skip
 
+    def _batches(self, order: np.ndarray, lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """Prompts that are decoded together."""
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
     def _batch(
         self, prompts: Ragged, n: int, sampling: Sampling, uniform_RT: Tensor
     ) -> list[tuple[np.ndarray, Tensor]]:
         device = next(self.policy.parameters()).device
-        steps = sampling.max_new_tokens
-        slab, logits, lengths_R = self._prefill(prompts, n, steps, device)
-        width, rows = slab.column, len(lengths_R)
-        uniform_RT = uniform_RT.to(device)
+        steps, rows = sampling.max_new_tokens, len(prompts) * n
+        memory, logits = self._prefill(prompts, n, steps, device)
+        uniform_RT, ends = uniform_RT.to(device), self.ends.to(device)
         out = torch.zeros(rows, steps, dtype=torch.long, device=device)
         out_logps = torch.zeros(rows, steps, device=device)
         count = torch.full((rows,), steps, device=device)
-        live = torch.arange(rows, device=device)  # rows of the slab -> rows of the output
-        done = torch.zeros(rows, dtype=torch.bool, device=device)  # of the slab
+        live = torch.arange(rows, device=device)  # rows of the memory -> rows of the output
+        done = torch.zeros(rows, dtype=torch.bool, device=device)  # of the memory
         for step in range(steps):
             token, logp = choose(logits, uniform_RT[live, step], sampling)
             out[live, step], out_logps[live, step] = token, logp.float()
-            ended = (token == self.eos) & ~done
+            ended = torch.isin(token, ends) & ~done
             count[live[ended]] = step + 1
             done |= ended
             if step == steps - 1 or bool(done.all()):
                 break
             if int(done.sum()) >= 0.25 * len(done):
                 keep = ~done
-                slab.keep(keep)
-                live, token, lengths_R, done = live[keep], token[keep], lengths_R[keep], done[keep]
-            slab.column = width + step
-            logits = self.policy.model(
-                input_ids=token[:, None], position_ids=(lengths_R + step)[:, None], use_cache=False,
-                attention_plan=slab, logits_to_keep=1,
-            ).logits[:, 0]  # fmt: skip
+                memory.keep(keep)
+                live, token, done = live[keep], token[keep], done[keep]
+            logits = memory.advance(self.policy.model, token)
         out_ids, counts, out_logps = out.cpu().numpy(), count.tolist(), out_logps.cpu()
         return [(out_ids[r, : counts[r]], out_logps[r, : counts[r]]) for r in range(rows)]
 
-    def _prefill(self, prompts: Ragged, n: int, steps: int, device: Any) -> tuple[_Slab, Tensor, Tensor]:
+    def _prefill(self, prompts: Ragged, n: int, steps: int, device: Any) -> tuple[_Memory, Tensor]:
         """Run each prompt once; keys and values right-aligned and repeated n times; logits of the first token."""
         tree = TreeBatch.pack(prompts, Ragged.of([]), np.zeros(0, dtype=np.int64), device)
         capture = _Capture(tree.plan)
@@ -186,7 +236,28 @@ class LoopEngine:
             real = torch.from_numpy(columns >= 0).to(device).repeat_interleave(n, 0)
             visible = torch.cat([real, real.new_ones(len(real), steps)], dim=1)
         lengths_R = torch.from_numpy(lengths).to(device).repeat_interleave(n)
-        return _Slab(keys, values, visible, column=width), logits.repeat_interleave(n, 0), lengths_R
+        return _Slab(keys, values, visible, lengths_R, column=width), logits.repeat_interleave(n, 0)
+
+
+class CacheEngine(LoopEngine):
+    """For models that the attention hook cannot serve: the library's cache, prompts of one length at a time, so that
+    nothing is padded. The same samples: the random numbers are those of :class:`LoopEngine`."""
+
+    def _batches(self, order: np.ndarray, lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        for equal in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
+            yield from super()._batches(equal, lengths, size)
+
+    def _prefill(self, prompts: Ragged, n: int, steps: int, device: Any) -> tuple[_Memory, Tensor]:
+        ids_PL = torch.from_numpy(prompts.flat.reshape(len(prompts), -1).astype(np.int64)).to(device)
+        memory = _Cached(ids_PL)
+        logits = memory.forward(self.policy.model, ids_PL)
+        memory.keep(torch.arange(len(prompts), device=device).repeat_interleave(n))
+        return memory, logits.repeat_interleave(n, 0)
+
+
+def rollout_engine(policy: Policy, eos_token_id: int | Sequence[int], **options: Any) -> LoopEngine:
+    """The engine that can serve the policy."""
+    return (LoopEngine if policy.packed else CacheEngine)(policy, eos_token_id, **options)
 
 
 def choose(logits_RV: Tensor, uniform_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
