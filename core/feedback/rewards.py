@@ -2,104 +2,211 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import inspect
+import json
 import math
-from collections.abc import Callable, Sequence
+import os
+import threading
+import traceback
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from prefzoo.data.samples import Samples
-from prefzoo.feedback.verifiers import VERIFIERS
-from prefzoo.models.load import load_scorer, load_tokenizer
+from prefzoo.feedback.verifiers import KEYWORDS, VERIFIERS, verifier
+from prefzoo.models.folders import REWARD_FILE
+from prefzoo.models.load import load_scorer
 from prefzoo.models.roles import Scorer
+from prefzoo.models.scorers import open_classifier
+from prefzoo.models.tokenizer import open_tokenizer, same_tokens
 from prefzoo.models.tree import packed
 from prefzoo.registry import UsageError, suggest
 
-RewardFunction = Callable[..., list[float | None]]
+RewardFunction = Callable[..., Any]
 
 
-class RewardSource(Protocol):
-    """Scores completions. ``verifies``: it checks (a function, a verifier) rather than judges (a reward model)."""
+@dataclass(frozen=True)
+class Pending:
+    """A score to come: ``result()`` makes it, or waits for it where it is made already; ``cancel()`` gives it up."""
+
+    result: Callable[[], Tensor]
+    cancel: Callable[[], object] = lambda: None
+    running: bool = False
+
+
+class RewardSource:
+    """Scores completions. ``verifies``: it checks (a function, a verifier) rather than judges (a reward model).
+
+    A subclass has ``name``, ``verifies`` and ``__call__``. The engine tells where the run is before a call
+    (:meth:`begin`) and collects what was logged after it (:meth:`drain`).
+    """
 
     name: str
     verifies: bool
 
     def __call__(self, samples: Samples) -> Tensor:
         """One score per completion (B,), NaN where there is none."""
-        ...
+        raise NotImplementedError
+
+    def start(self, samples: Samples) -> Pending:
+        """Begin what can go on beside other work; here nothing: the score is made when it is asked for."""
+        return Pending(functools.partial(self, samples))
+
+    def begin(self, state: Any) -> None:
+        """Where the run is: a namespace with ``global_step``, ``max_steps`` and ``epoch``."""
+
+    def drain(self) -> tuple[dict[str, float], dict[str, list[Any]]]:
+        """Metrics since the last drain, as means, and columns, aligned with the completions of the last call."""
+        return {}, {}
 
 
-class FunctionReward:
-    """A function with TRL's signature: keywords ``prompts``, ``completions``, ``completion_ids`` and every other
-    column of the data as lists, one item per completion; it returns a list of float or None."""
+class FunctionReward(RewardSource):
+    """A function with TRL's signature, plain or ``async``; it returns a list of float or None, one per completion.
+
+    It is called with keywords, and gets of them those that it names, or all if it has ``**kwargs``: ``prompts``,
+    ``completions``, ``completion_ids`` and every other column of the data as lists, one item per completion;
+    ``trainer_state`` with ``global_step``, ``max_steps`` and ``epoch``; ``log_metric(name, number)``, averaged until
+    the next line of metrics (NaN is left out); ``log_extra(column, values)``, shown beside the completions.
+
+    Errors: a wrong result, an argument that the data does not have, and what the function raises (``__cause__``).
+    Source: TRL 1.16. Departures: no ``environments``; NaN is refused, since it may be a bug: None says no reward.
+    """
 
     verifies = True
 
     def __init__(self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase) -> None:
         self.function = function
         self.tokenizer = tokenizer
-        self.name = getattr(function, "__name__", type(function).__name__)
-        parameters = inspect.signature(function).parameters.values()
+        plain = function.func if isinstance(function, functools.partial) else function
+        self.name = getattr(plain, "__name__", type(plain).__name__)
+        self._async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(plain).__call__)
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except ValueError:
+            raise UsageError(f"reward: {function!r} does not say which arguments it takes; wrap it in a def.") from None
         # TRL passes everything to everybody; a function without **kwargs gets the columns that it names.
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._accepted = None if takes_all else {p.name for p in parameters}
+        by_name = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self._accepted = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else by_name.keys()
+        self._required = [name for name, p in by_name.items() if p.default is p.empty]
+        self._state: Any = SimpleNamespace(global_step=0, max_steps=0, epoch=0.0)  # outside of a run
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._columns: dict[str, list[Any]] = {}
+
+    def begin(self, state: Any) -> None:
+        self._state = state
+
+    def drain(self) -> tuple[dict[str, float], dict[str, list[Any]]]:
+        return _means(self._metrics), self._columns
 
     def __call__(self, samples: Samples) -> Tensor:
+        return self.start(samples).result()
+
+    def start(self, samples: Samples) -> Pending:
+        keywords, self._columns = self._keywords(samples), {}
+        if not self._async:
+            return Pending(lambda: self._scores(keywords, self._call))
+        running = _submit(self._call(keywords))
+        return Pending(lambda: self._scores(keywords, lambda _: _wait(running)), running.cancel, running=True)
+
+    def _keywords(self, samples: Samples) -> dict[str, Any]:
+        """What a function may ask for."""
         count = len(samples.completions)
         ids = [samples.completions[i].tolist() for i in range(count)]
-        per_prompt = {k: v for k, v in samples.extra.items() if k != "prompt"}
-        keywords: dict[str, Any] = {
-            "prompts": [samples.extra["prompt"][p] for p in samples.prompt_B],
-            "completions": self.tokenizer.batch_decode(ids, skip_special_tokens=True),
-            "completion_ids": ids,
-            **{k: [v[p] for p in samples.prompt_B] for k, v in per_prompt.items()},
-        }
-        if keywords["prompts"] and not isinstance(keywords["prompts"][0], str):  # messages in, messages out
-            keywords["completions"] = [[{"role": "assistant", "content": c}] for c in keywords["completions"]]
-        if self._accepted is not None:
-            keywords = {k: v for k, v in keywords.items() if k in self._accepted}
-        result = self.function(**keywords)
-        return torch.tensor(self._checked(result, count), dtype=torch.float32)
-
-    def _checked(self, result: Any, count: int) -> list[float]:
-        if inspect.isawaitable(result):
-            getattr(result, "close", lambda: None)()  # or Python warns that it was never awaited
+        prompts = [samples.extra["prompt"][p] for p in samples.prompt_B]
+        completions: list[Any] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        if prompts and not isinstance(prompts[0], str):  # messages in, messages out
+            completions = [[{"role": "assistant", "content": c}] for c in completions]
+        log_extra = functools.partial(self._log_extra, count)
+        given = (prompts, completions, ids, self._state, self._log_metric, log_extra)
+        keywords: dict[str, Any] = dict(zip(KEYWORDS, given, strict=True))
+        for name, values in samples.extra.items():
+            if name != "prompt" and name not in keywords:  # what was sampled wins over a column of the same name
+                keywords[name] = [values[p] for p in samples.prompt_B]
+        missing = next((name for name in self._required if name not in keywords), None)
+        if missing is not None:
             raise UsageError(
-                f"reward function {self.name!r} is asynchronous; wrap it: def f(**k): return asyncio.run(...)."
+                f"reward function {self.name!r} asks for {missing!r}, which is no column of the data"
+                f"{suggest(missing, keywords)} It can ask for {', '.join(keywords)}."
             )
-        if isinstance(result, Tensor | np.ndarray):
-            result = result.tolist()
-        if not isinstance(result, Sequence) or isinstance(result, str) or len(result) != count:
-            got = f"{len(result)} values" if isinstance(result, Sequence) else type(result).__name__
+        return keywords
+
+    def _call(self, keywords: dict[str, Any]) -> Any:
+        return self.function(**{k: v for k, v in keywords.items() if self._accepted is None or k in self._accepted})
+
+    def _scores(self, keywords: dict[str, Any], call: Callable[[dict[str, Any]], Any]) -> Tensor:
+        try:
+            result = call(keywords)
+            if inspect.isawaitable(result):  # a plain function that hands on what an asynchronous one returned
+                result = _wait(_submit(result))
+        except UsageError:
+            raise
+        except Exception as error:
+            prompts = keywords["prompts"]
+            where = f"; the first prompt of the batch: {_short(prompts[0])}" if prompts else ""
+            raise UsageError(
+                f"reward function {self.name!r} raised {type(error).__name__}: {error}{_place(error)}{where}."
+            ) from error
+        return self._checked(result, len(keywords["completions"]))
+
+    def _checked(self, result: Any, count: int) -> Tensor:
+        result = result.tolist() if hasattr(result, "tolist") else result  # tensors, arrays, series
+        if not isinstance(result, Sequence) or isinstance(result, str | bytes) or len(result) != count:
+            listed = isinstance(result, Sequence) and not isinstance(result, str | bytes)
+            got = f"{len(result)} values" if listed else type(result).__name__
             raise UsageError(
                 f"reward function {self.name!r} must return a list of {count} numbers, one per completion; got {got}."
             )
-        out = []
+        scores = [math.nan] * count
         for index, value in enumerate(result):
             if value is None:
-                out.append(math.nan)
                 continue
             try:
-                if isinstance(value, str):  # float() would read it, but a text is a mistake
+                if isinstance(value, str | bytes):  # float() would read it, but a text is a mistake
                     raise TypeError
-                out.append(float(value))
-            except (TypeError, ValueError):
+                scores[index] = float(value)
+            except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several numbers
                 raise UsageError(
-                    f"reward function {self.name!r}: value {index} is {value!r}, not a number or None."
+                    f"reward function {self.name!r}: value {index} is {_short(value)}, not a number or None."
                 ) from None
-            if not math.isfinite(out[-1]):
+            if not abs(scores[index]) <= torch.finfo(torch.float32).max:
                 raise UsageError(
-                    f"reward function {self.name!r}: value {index} is {value!r}; return None where there is no reward."
+                    f"reward function {self.name!r}: value {index} is {_short(value)}; return None where there is no "
+                    "reward."
                 )
-        return out
+        return torch.tensor(scores, dtype=torch.float32)
+
+    def _log_metric(self, name: str, value: float) -> None:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise UsageError(
+                f"reward function {self.name!r}: log_metric({name!r}, ...) takes one number, got {_short(value)}."
+            ) from None
+        if math.isfinite(number):  # the mean over nothing, usually
+            self._metrics[str(name)].append(number)
+
+    def _log_extra(self, count: int, column: str, values: Sequence[Any]) -> None:
+        values = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(values, list | tuple) or len(values) != count:
+            got = f"{len(values)} values" if isinstance(values, list | tuple) else type(values).__name__
+            raise UsageError(
+                f"reward function {self.name!r}: log_extra({column!r}, ...) takes a list of {count} values, one per "
+                f"completion; got {got}."
+            )
+        self._columns[str(column)] = [_plain(v) for v in values]
 
 
-class ModelReward:
+class ModelReward(RewardSource):
     """A reward model that shares the policy's tokenizer: it reads the same ids, nothing is tokenised again."""
 
     verifies = False
@@ -112,50 +219,237 @@ class ModelReward:
     @torch.no_grad()
     def __call__(self, samples: Samples) -> Tensor:
         scores_B = torch.zeros(len(samples.completions))
-        for completions, tree in packed(samples, self.token_budget, self.scorer.head.weight.device):
+        for completions, tree in packed(samples, self.token_budget, self.scorer.head.weight.device, self.scorer.packed):
             scores_B[torch.from_numpy(completions)] = self.scorer(tree).rewards_B.float().cpu()
         return scores_B
 
 
-class SumReward:
-    """The sum of several sources; a completion for which one says None gets the sum of the others."""
+class SumReward(RewardSource):
+    """The weighted sum of several sources; asynchronous functions among them run at the same time.
 
-    def __init__(self, parts: Sequence[RewardSource]) -> None:
-        self.parts = parts
-        self.name = "+".join(p.name for p in parts)
+        R_i = sum_k w_k r_ki, over the sources k that say something about completion i
+
+    A source of weight 0 is only watched; a completion about which no other source says anything has no reward.
+    Metrics: ``rewards/<name>/mean`` and ``rewards/<name>/std`` of each source, before its weight, and what the sources
+    log themselves; where two log the same name, the later one's gets its source's name in front.
+
+    Errors: weights that are not one finite number per source, or all 0.
+    Source: TRL 1.16, ``reward_funcs`` and ``reward_weights``. Departure: there, a source of weight 0 that speaks alone
+    makes a reward of 0.
+    """
+
+    def __init__(self, parts: Sequence[RewardSource], weights: Sequence[float] | None = None) -> None:
+        self.parts: dict[str, RewardSource] = {}
+        for part in parts:
+            name, number = part.name, 1
+            while name in self.parts:  # two lambdas, say
+                number += 1
+                name = f"{part.name}_{number}"
+            self.parts[name] = part
+        self.weights_K = _weights(weights, list(self.parts))
+        self.name = "+".join(self.parts)
         self.verifies = all(p.verifies for p in parts)
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def begin(self, state: Any) -> None:
+        for part in self.parts.values():
+            part.begin(state)
 
     def __call__(self, samples: Samples) -> Tensor:
-        scores_KB = torch.stack([p(samples) for p in self.parts])
-        return torch.where(scores_KB.isnan().all(0), torch.nan, scores_KB.nan_to_num().sum(0))
+        return self.start(samples).result()
+
+    def start(self, samples: Samples) -> Pending:
+        started: list[Pending] = []
+
+        def cancel() -> None:
+            for pending in started:
+                pending.cancel()
+
+        def result() -> Tensor:
+            scores: dict[int, Tensor] = {}
+            try:
+                for k in sorted(range(len(started)), key=lambda k: started[k].running):  # while those run, the others
+                    scores[k] = started[k].result()
+            finally:
+                cancel()  # where one fails, nobody waits for the rest
+            return self._sum(torch.stack([scores[k] for k in range(len(started))]))
+
+        try:
+            started.extend(part.start(samples) for part in self.parts.values())
+        except BaseException:
+            cancel()
+            raise
+        return Pending(result, cancel, running=any(pending.running for pending in started))
+
+    def _sum(self, scores_KB: Tensor) -> Tensor:
+        said_KB = ~scores_KB.isnan()
+        for name, scores_B, said_B in zip(self.parts, scores_KB, said_KB, strict=True):
+            known = scores_B[said_B]
+            if len(known):
+                self._metrics[f"rewards/{name}/mean"].append(float(known.mean()))
+            if len(known) > 1:
+                self._metrics[f"rewards/{name}/std"].append(float(known.std()))
+        weights_K1 = self.weights_K[:, None]
+        counts_B = (said_KB & (weights_K1 != 0)).any(0)
+        return torch.where(counts_B, (weights_K1 * scores_KB.nan_to_num()).sum(0), torch.nan)
+
+    def drain(self) -> tuple[dict[str, float], dict[str, list[Any]]]:
+        metrics = _means(self._metrics)
+        columns: dict[str, list[Any]] = {}
+        for name, part in self.parts.items():
+            logged, shown = part.drain()
+            metrics |= {f"{name}/{key}" if key in metrics else key: value for key, value in logged.items()}
+            columns |= {f"{name}/{key}" if key in columns else key: values for key, values in shown.items()}
+        return metrics, columns
 
 
-def resolve_reward(reward: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu") -> RewardSource:
-    """A source from what the user gave: a function, a verifier's name, a reward-model folder, or a list of them."""
-    if isinstance(reward, list | tuple):
-        return SumReward([resolve_reward(r, tokenizer, device) for r in reward])
+def resolve_reward(
+    reward: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device | str = "cpu",
+    weights: Sequence[float] | None = None,
+) -> RewardSource:
+    """A source from what the user gave: a function, a verifier's name with its options (``exact``,
+    ``repetition_penalty(ngram_size=4)``), a reward-model folder, or a list of these with a weight for each."""
+    if isinstance(reward, list | tuple) or weights is not None:
+        given = list(reward) if isinstance(reward, list | tuple) else [reward]
+        if not given:
+            raise UsageError("reward: the list is empty; give a function, a verifier's name or a reward-model folder.")
+        parts = [resolve_reward(r, tokenizer, device) for r in given]
+        return parts[0] if len(parts) == 1 and weights is None else SumReward(parts, weights)
+    if isinstance(reward, RewardSource):
+        return reward
     if isinstance(reward, Scorer):
         return ModelReward(reward.to(device))
-    if isinstance(reward, FunctionReward | ModelReward | SumReward):
-        return reward
-    if isinstance(reward, str) and reward in VERIFIERS:
-        return FunctionReward(VERIFIERS.entry(reward).function, tokenizer)
+    if isinstance(reward, str) and (function := verifier(reward)) is not None:
+        return FunctionReward(function, tokenizer)
     if isinstance(reward, str | Path):
-        folder = Path(reward)
-        if not folder.is_dir():
-            known = VERIFIERS.names()
-            raise UsageError(
-                f"reward {str(reward)!r} is neither a reward-model folder nor a verifier{suggest(str(reward), known)} "
-                f"Verifiers: {', '.join(known)}."
-            )
-        scorer = load_scorer(folder)
-        if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():  # it reads the policy's ids
-            raise UsageError(
-                f"reward model {str(reward)!r} has another tokenizer than the policy; train one on this model."
-            )
-        return ModelReward(scorer.to(device), name=folder.name)
+        return _model_reward(str(reward), tokenizer, device)
+    if isinstance(reward, nn.Module):  # callable, but not a reward function
+        raise UsageError(
+            f"reward: a {type(reward).__name__} in memory has no tokenizer; save both and give the folder, or write a "
+            "function that calls it."
+        )
     if callable(reward):
         return FunctionReward(reward, tokenizer)
     raise UsageError(
         f"reward: expected a function, a verifier's name or a reward-model folder, got {type(reward).__name__}."
     )
+
+
+def _model_reward(source: str, tokenizer: PreTrainedTokenizerBase, device: torch.device | str) -> RewardSource:
+    """The reward model of a folder or a hub id."""
+    local, known = Path(source).is_dir(), VERIFIERS.names()
+    no_reward = f"reward {source!r} is neither a reward-model folder nor a verifier"
+    if not local and "/" not in source:
+        raise UsageError(f"{no_reward}{suggest(source.partition('(')[0], known)} Verifiers: {', '.join(known)}.")
+    try:
+        return _open_reward_model(source, tokenizer, device)
+    except UsageError as error:
+        if local:
+            raise
+        raise UsageError(f"{no_reward}, and could not be had from the hub: {error}") from error
+
+
+def _open_reward_model(source: str, tokenizer: PreTrainedTokenizerBase, device: torch.device | str) -> RewardSource:
+    """One that reads the policy's ids, where each means the same to it and it scores a last token; else the text."""
+    from prefzoo.feedback.text import TextReward
+
+    try:
+        own = open_tokenizer(source)
+    except UsageError:
+        open_classifier(source)  # without a model either, that is what is at fault
+        raise
+    name, only_ids = Path(source).name, (Path(source) / f"{REWARD_FILE}.json").exists()
+    same = same_tokens(tokenizer, own)
+    if only_ids and not same:
+        raise UsageError(f"reward model {source!r} has another tokenizer than the policy; train one on this model.")
+    if same:
+        try:
+            return ModelReward(load_scorer(source).to(device), name)
+        except UsageError:
+            if only_ids:
+                raise
+    return TextReward(open_classifier(source).to(device), own, tokenizer, name)
+
+
+def _weights(weights: Sequence[float] | None, names: Sequence[str]) -> Tensor:
+    if weights is None:
+        return torch.ones(len(names))
+    if not isinstance(weights, list | tuple) or len(weights) != len(names):
+        got = f"{len(weights)} weights" if isinstance(weights, list | tuple) else _short(weights)
+        raise UsageError(
+            f"reward weights: expected one for each of the {len(names)} rewards ({', '.join(names)}); got {got}."
+        )
+    for name, weight in zip(names, weights, strict=True):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise UsageError(f"reward weights: that of {name!r} must be a number, got {_short(weight)}.")
+    if not any(weights):
+        raise UsageError("reward weights: all are 0, so there is nothing to learn; one must be another number.")
+    return torch.tensor([float(w) for w in weights])
+
+
+# ---------------------------------------------------------------------------------------- asynchronous functions
+
+
+@functools.cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """A loop in a thread of its own, so that it works in a notebook, whose thread has a running loop, and one for the
+    whole process, because a client of a service (httpx, openai) stays bound to the loop of its first call."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name=f"prefzoo rewards {process}", daemon=True).start()
+    return loop
+
+
+def _submit(awaitable: Awaitable[Any]) -> Future[tuple[Any, BaseException | None]]:
+    async def outcome() -> tuple[Any, BaseException | None]:
+        try:
+            return await awaitable, None
+        except (SystemExit, KeyboardInterrupt) as error:  # would end the loop and leave us waiting for ever
+            return None, error
+
+    return asyncio.run_coroutine_threadsafe(outcome(), _event_loop(os.getpid()))
+
+
+def _wait(running: Future[tuple[Any, BaseException | None]]) -> Any:
+    try:
+        result, error = running.result()
+    finally:
+        running.cancel()  # Ctrl-C came while we waited
+    if error is not None:
+        raise error
+    return result
+
+
+# ---------------------------------------------------------------------------------------- words and numbers
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's file it happened: the deepest frame of the file that we called."""
+    between = {__file__, Future.result.__code__.co_filename}
+    theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in between]
+    if not theirs:
+        return ""
+    frame = next(f for f in reversed(theirs) if f.filename == theirs[0].filename)
+    return f" ({frame.filename}, line {frame.lineno}: {frame.line})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _plain(value: Any) -> Any:
+    """A value that a JSON file can hold: itself, or else its text."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
+
+
+def _means(values: dict[str, list[float]]) -> dict[str, float]:
+    """The mean of each list; they start again from nothing."""
+    means = {name: sum(v) / len(v) for name, v in values.items()}
+    values.clear()
+    return means
