@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from prefzoo.benchmarks import statistics
-from prefzoo.benchmarks.tasks import sample, texts
 from prefzoo.data.formats import convert, load_dataset
 from prefzoo.data.samples import Samples
 from prefzoo.feedback import resolve_reward
+from prefzoo.generation import sample, texts
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Sampling
 from prefzoo.training import Run

@@ -17,16 +17,18 @@ import pyarrow.parquet as pq
 import torch
 
 from prefzoo.algorithm import create_algorithm
-from prefzoo.data.formats import convert, load_dataset, prompt_only
+from prefzoo.data.formats import convert, load_dataset
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.data.tokens import tokenise
 from prefzoo.feedback import ModelReward, resolve_reward
+from prefzoo.feedback.verifiers import KEYWORDS
+from prefzoo.generation import sample, texts
 from prefzoo.models.load import learn_tokenizer, load_policy, load_scorer, load_tokenizer, save_scorer, tiny_model
 from prefzoo.models.reference import token_scores
 from prefzoo.models.roles import Policy
 from prefzoo.parts.feedback import Verifier
 from prefzoo.registry import UsageError
-from prefzoo.rollout import Finish, LoopEngine, Sampling
+from prefzoo.rollout import Finish, Sampling
 from prefzoo.seeds import derive_seed, generator
 from prefzoo.training import train
 from prefzoo.worlds import make
@@ -40,17 +42,6 @@ SEPARATOR = "\n\nHuman:"
 
 
 # ------------------------------------------------------------------------------------------ sampling and scoring
-
-
-def sample(policy: Policy, tokenizer: Any, rows: Rows, n: int, sampling: Sampling, seed: int) -> Samples:
-    """``n`` answers to each row's prompt; the same seed gives the same uniform numbers whatever the policy."""
-    prompts, _ = tokenise([prompt_only(r) for r in rows], tokenizer, "prompts", max_length=10**6)
-    return LoopEngine(policy, tokenizer.eos_token_id).generate(prompts, n, sampling, seed)
-
-
-def texts(samples: Samples, tokenizer: Any) -> list[str]:
-    ids = [samples.completions[i].tolist() for i in range(len(samples.completions))]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def ended(samples: Samples) -> list[bool]:
@@ -354,7 +345,7 @@ def _samples_of(
     prompts: Sequence[str], completion_ids: list[list[int]], tokenizer: Any, columns: Mapping[str, Any]
 ) -> Samples:
     ids = Ragged.of(tokenizer(list(prompts))["input_ids"])
-    extra = {"prompt": list(prompts), **{k: v for k, v in columns.items() if k not in ("completions",)}}
+    extra = {"prompt": list(prompts), **{k: v for k, v in columns.items() if k not in KEYWORDS}}
     return Samples("completions", ids, Ragged.of(completion_ids), np.arange(len(prompts)), extra=extra)
 
 

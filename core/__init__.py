@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 # The face is lazy: ``import prefzoo`` costs nothing, and a name is imported when it is first used.
 _FACE = {
     "train": "prefzoo.training",
+    "steps": "prefzoo.training",
+    "generate": "prefzoo.generation",
     "Run": "prefzoo.training",
     "TrainConfig": "prefzoo.training",
     "Algorithm": "prefzoo.algorithm",
@@ -24,6 +26,7 @@ _FACE = {
     "create_algorithm": "prefzoo.algorithm",
     "list_algorithms": "prefzoo.algorithm",
     "register_algorithm": "prefzoo.algorithm",
+    "DataSource": "prefzoo.data.formats",
     "load_dataset": "prefzoo.data.formats",
     "compare": "prefzoo.benchmarks",
     "UsageError": "prefzoo.registry",
@@ -40,13 +43,14 @@ if TYPE_CHECKING:
         register_algorithm,
     )  # fmt: skip
     from prefzoo.benchmarks import compare
-    from prefzoo.data.formats import load_dataset
+    from prefzoo.data.formats import DataSource, load_dataset
+    from prefzoo.generation import generate
     from prefzoo.registry import UsageError
-    from prefzoo.training import Run, TrainConfig, train
+    from prefzoo.training import Run, TrainConfig, steps, train
 
 __all__ = [
-    "Algorithm", "Run", "Schedule", "Stage", "Term", "TrainConfig", "UsageError", "compare", "create_algorithm",
-    "list_algorithms", "load_dataset", "register_algorithm", "train",
+    "Algorithm", "DataSource", "Run", "Schedule", "Stage", "Term", "TrainConfig", "UsageError", "compare",
+    "create_algorithm", "generate", "list_algorithms", "load_dataset", "register_algorithm", "steps", "train",
 ]  # fmt: skip
 
 

@@ -13,10 +13,11 @@ from prefzoo.parts.count import Count, as_count
 from prefzoo.parts.credit import GAE, BestOfK, GroupRelative, LeaveOneOut
 from prefzoo.parts.feedback import Finished, Labels, MaskTruncated, Reward
 from prefzoo.parts.prelude import RotatedBaseline
+from prefzoo.parts.reference import Moving, Start
 from prefzoo.parts.roles import CRITIC, POLICY, REFERENCE, REWARD
 from prefzoo.parts.source import DatasetRows, Rollouts
 from prefzoo.records import Likelihood, Pairs, PolicyGradient, Record, Scores, Unpaired, Values
-from prefzoo.registry import Entry, Registry, UsageError, suggest
+from prefzoo.registry import Entry, Registry, UsageError, prefix_of, suggest
 
 Source = DatasetRows | Rollouts
 Feedback = Labels | Reward
@@ -90,6 +91,7 @@ class Stage:
     prelude: RotatedBaseline | None = None
     schedule: Schedule = field(default_factory=Schedule)
     controllers: Mapping[str, FixedKL | AdaptiveKL] = field(default_factory=dict)
+    reference: Start | Moving = field(default_factory=Start)
     critic_from: str = POLICY
     pooling: str = "last"
 
@@ -120,6 +122,8 @@ class Stage:
                 )
         elif self.credit is not None or not isinstance(self.feedback, Labels) or self.keep is not None:
             raise UsageError("rows of a data set carry their labels; credit, keep and reward belong to Rollouts().")
+        if isinstance(self.reference, Moving) and REFERENCE not in self.needs:
+            raise UsageError("a moving reference has no effect here: no part of this stage has a reference.")
         if self.controllers and REFERENCE not in self.needs:
             raise UsageError("controller 'kl' follows the KL to the reference, but no part of this stage has one.")
         adaptive = self.credit.kl if isinstance(self.credit, GAE) and isinstance(self.credit.kl, AdaptiveKL) else None
@@ -211,18 +215,25 @@ def register_algorithm(
     function: Callable[..., Algorithm] | None = None,
     /,
     *,
+    name: str | None = None,
     paper: str | None = None,
     aliases: tuple[str, ...] = (),
     recommended: Mapping[str, Any] | None = None,
+    **tags: Any,
 ) -> Any:
-    """Register a function that returns an :class:`Algorithm` under its name.
+    """Register a function that returns an :class:`Algorithm` under its name, or the ``name`` given.
 
     Its keyword-only arguments are the configuration of the mathematics; ``recommended`` are values for
-    :class:`~prefzoo.training.TrainConfig` that a user's own values override.
+    :class:`~prefzoo.training.TrainConfig` that a user's own values override. ``spelling=`` is a function that turns
+    a run's options, written as another library writes them, into ours (:mod:`prefzoo.algos.trl`).
     """
     if function is None:
-        return lambda f: register_algorithm(f, paper=paper, aliases=aliases, recommended=recommended)
-    return ALGORITHMS.register(function, paper=paper, aliases=aliases, recommended=dict(recommended or {}))
+        return lambda f: register_algorithm(
+            f, name=name, paper=paper, aliases=aliases, recommended=recommended, **tags
+        )  # fmt: skip
+    return ALGORITHMS.register(
+        function, name=name, paper=paper, aliases=aliases, recommended=dict(recommended or {}), **tags
+    )
 
 
 def _of_loss(entry: Entry, options: dict[str, Any]) -> Algorithm:
@@ -244,8 +255,7 @@ def algorithm_entry(name: str) -> Entry:
     if name not in ALGORITHMS and name in LOSSES:
         return LOSSES.entry(name)
     if name not in ALGORITHMS:
-        known = list_algorithms()
-        raise UsageError(f"no algorithm {name!r}{suggest(name, known)} Registered: {', '.join(known)}.")
+        raise ALGORITHMS.unknown(name, list_algorithms(f"{prefix_of(name)}*"))
     return ALGORITHMS.entry(name)
 
 

@@ -1,7 +1,8 @@
 """Names: one registry class, used for losses, algorithms, worlds and judges.
 
 The name of an entry is the name of its function, its configuration is the function's signature, its documentation
-the docstring. A leaf module: it imports nothing of prefzoo.
+the docstring. Names of another library's spelling have its prefix, ``trl:dpo``: they are found like all others, and
+listed only by a pattern that has the colon too. A leaf module: it imports nothing of prefzoo.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ class Registry:
     "A square's area."
     >>> shapes.names("s*")
     ['square']
+
+    ``absent``: names that people will ask for and that are not here, each with the reason, told instead of "unknown".
     """
 
     def __init__(self, kind: str, provider: str | None = None) -> None:
@@ -109,20 +112,22 @@ class Registry:
         self._loaded = provider is None
         self._entries: dict[str, Entry] = {}
         self._aliases: dict[str, str] = {}
+        self.absent: dict[str, str] = {}
 
     def register(
         self,
         function: Callable[..., Any] | None = None,
         /,
         *,
+        name: str | None = None,
         paper: str | None = None,
         aliases: tuple[str, ...] = (),
         **tags: Any,
     ) -> Any:
-        """Decorator: the function's name becomes the entry's name. A name that is taken raises."""
+        """Decorator: the function's name becomes the entry's, unless ``name`` is given. A name that is taken raises."""
         if function is None:
-            return lambda f: self.register(f, paper=paper, aliases=aliases, **tags)
-        name = function.__name__
+            return lambda f: self.register(f, name=name, paper=paper, aliases=aliases, **tags)
+        name = name or function.__name__
         for word in (name, *aliases):
             owner = self._entries.get(self._aliases.get(word, word))
             if owner is not None and not _same_definition(owner.function, function):
@@ -152,16 +157,35 @@ class Registry:
         self._load()
         found = self._entries.get(self._aliases.get(name, name))
         if found is None:
-            known = [*self._entries, *self._aliases]
-            raise UsageError(
-                f"no {self.kind} {name!r}{suggest(name, known)} Registered: {', '.join(sorted(self._entries))}."
-            )
+            raise self.unknown(name, self.names(f"{prefix_of(name)}*"))
         return found
 
+    def unknown(self, name: str, listed: Iterable[str]) -> UsageError:
+        """The error of a name that is not among the ``listed`` ones."""
+        if name in self.absent:
+            return UsageError(f"{self.kind} {name!r} {self.absent[name]}")
+        near = suggest(name, [*listed, *prefixed(self._aliases, prefix_of(name))])
+        return UsageError(f"no {self.kind} {name!r}{near} Registered: {', '.join(listed)}.")
+
     def names(self, pattern: str = "*") -> list[str]:
-        """Sorted names that match a shell pattern."""
+        """Sorted names that match a shell pattern; those with a prefix only where the pattern has one."""
         self._load()
-        return sorted(fnmatch.filter(self._entries, pattern))
+        names = fnmatch.filter(self._entries, pattern)
+        return sorted(names if ":" in pattern else prefixed(names, ""))
+
+
+def prefix_of(name: str) -> str:
+    """The library that a name is spelled as: ``"trl:"`` of ``"trl:dpo"``, nothing of ``"dpo"``."""
+    return "".join(name.partition(":")[:2]) if ":" in name else ""
+
+
+def prefixed(names: Iterable[str], prefix: str) -> list[str]:
+    """The names with exactly this prefix.
+
+    >>> prefixed(["dpo", "trl:dpo"], "trl:"), prefixed(["dpo", "trl:dpo"], "")
+    (['trl:dpo'], ['dpo'])
+    """
+    return [name for name in names if prefix_of(name) == prefix]
 
 
 def _allows(hint: Any, value: Any) -> bool:

@@ -23,6 +23,7 @@ from prefzoo.algorithm import Algorithm, create_algorithm
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.data.tokens import encode_sides, tokenise
 from prefzoo.losses import create_loss
+from prefzoo.feedback import RewardSource
 from prefzoo.models.load import load_policy, load_scorer, load_tokenizer
 from prefzoo.models.reference import token_scores
 from prefzoo.models.tree import TreeBatch
@@ -251,6 +252,16 @@ def test_reward_model(name: str, words: Any) -> None:
     assert_steps(history, case)
 
 
+class Given(RewardSource):
+    """The rewards of the file."""
+
+    def __init__(self, rewards: list[float]) -> None:
+        self.rewards = torch.tensor(rewards)
+
+    def __call__(self, samples: Samples) -> Tensor:
+        return self.rewards
+
+
 class Replay:
     """Stands in for the sampler: the completions of the file, with the log-probabilities of the policy that asks."""
 
@@ -281,7 +292,7 @@ def test_policy_gradient(name: str, words: Any) -> None:
     )
     algorithm = composition()
     reference = load_policy(REFERENCE).requires_grad_(False) if "reference" in algorithm.needs else None
-    rewards = lambda samples: torch.tensor(given["rewards"])  # noqa: E731
+    rewards = Given(given["rewards"])
     engine = engine_of(algorithm, samples.as_prompts(), words, reference=reference, reward=rewards)
     torch.testing.assert_close(
         samples.padded(engine.policy_logps(samples)), padded(expected["policy_logps_step1"]), rtol=1e-5, atol=1e-5
@@ -297,7 +308,7 @@ def test_policy_gradient(name: str, words: Any) -> None:
         advantages_BT[:, 0], torch.tensor(expected["intermediate"]["advantages"]), rtol=1e-4, atol=1e-6
     )
     engine.rollouts = Replay(engine, samples, once)  # type: ignore[assignment]
-    assert_steps([values for _, values in engine.run()], case)
+    assert_steps([values for _, values, _ in engine.run()], case)
 
 
 def padded(lists: list[list[float]]) -> Tensor:

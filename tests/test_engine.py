@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 import prefzoo
 import prefzoo.rollout.loop as loop_module
 import prefzoo.training.engine as engine_module
-import prefzoo.training.run as run_module
+import prefzoo.training.setup as training_setup
 from prefzoo.algorithm import Algorithm, Schedule, algorithm_entry, create_algorithm
 from prefzoo.data.tokens import tokenise
 from prefzoo.feedback import ModelReward
-from prefzoo.models.load import learn_tokenizer, load_scorer, new_scorer, save_scorer, tiny_model
+from prefzoo.models.load import learn_tokenizer, load_scorer, new_critic, new_scorer, save_scorer, tiny_model
 from prefzoo.models.reference import weights_hash
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.tree import TreeBatch, pack_rows
@@ -108,7 +108,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
             super().__init__(*args, **keywords)
             made.append(self)
 
-    monkeypatch.setattr(run_module, "Engine", Spy)
+    monkeypatch.setattr(training_setup, "Engine", Spy)
     return made
 
 
@@ -139,7 +139,7 @@ def test_any_split_into_micro_batches_gives_the_same_weights(name: str, start: S
 
 
 def fresh(role: str, start: Start) -> Scorer:
-    return new_scorer(Policy(start.model))
+    return (new_critic if role == "critic" else new_scorer)(Policy(start.model))
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if create_algorithm(n).stages[0].terms[0].loss.family is not Scores])
@@ -345,7 +345,7 @@ def test_a_missing_reward_is_no_reward(name: str, start: Start, engines: list[En
     hidden = iter([[None] * 12] * 2)
     run = start.fit(small(name, **options), reward=lambda completions: next(hidden), output_dir=tmp_path / "none")
     assert torch.equal(flat(engines[0].policy), flat(start.model)), "rewards all missing, and yet the policy moved"
-    assert name != "ppo" or torch.equal(flat(engines[0].critic), flat(new_scorer(Policy(start.model))))
+    assert name != "ppo" or torch.equal(flat(engines[0].critic), flat(fresh("critic", start)))
     assert all(row["reward_missing"] == 1.0 and "reward" not in row for row in run.history)
     assert_json(tmp_path / "none" / "samples.jsonl")
     assert_json(tmp_path / "none" / "metrics.jsonl")

@@ -23,7 +23,7 @@ class TrainConfig(BaseModel):
     learning_rate: float = Field(1e-6, ge=0, description="peak learning rate of the policy (or reward model)")
     critic_learning_rate: float | None = Field(None, ge=0, description="of the critic; None: as learning_rate")
     rows_per_step: PositiveInt = Field(32, description="rows per optimizer step (data set sources)")
-    epochs: float = Field(1.0, gt=0, description="passes over the data (data set sources)")
+    epochs: float = Field(1.0, gt=0, description="passes over the rows, or over the prompts")
     max_steps: PositiveInt | None = Field(
         None, description="optimizer steps, whatever epochs says; rollout steps for rollout sources"
     )
@@ -32,23 +32,58 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradient norm is clipped to this; None: not clipped")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay of the learning rate")
-    warmup_steps: int = Field(10, ge=0, description="optimizer steps of linear warm-up")
+    warmup_steps: float = Field(10, ge=0, description="optimizer steps of linear warm-up; below 1: a share of the run")
     final_learning_rate: float = Field(0.1, ge=0, le=1, description="fraction of the peak that the decay ends at")
     max_length: PositiveInt = Field(1024, description="tokens of prompt + completion; never over the model's positions")
     tokens_per_batch: PositiveInt = Field(8192, description="token budget of a micro-batch; does not change the result")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the forward pass; weights stay float32"
-    )
-    gradient_checkpointing: bool = False
     shuffle: bool = Field(True, description="False: rows in the order of the file")
     seed: int = 0
     device: str | None = Field(None, description="None: a GPU where there is one")
+
+    # The model.
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights in memory")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass")
+    fp32_head: bool = Field(False, description="logits in float32 where the forward pass is in bfloat16")
+    gradient_checkpointing: bool = Field(False, description="less memory for activations, a second forward pass")
+    revision: str | None = Field(None, description="branch, tag or commit of a model on the hub")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    chat_template: str | None = Field(None, description="'chatml' or a Jinja file, for a tokenizer without template")
+    added_tokens: tuple[str, ...] = Field((), description="tokens that the tokenizer gets; the embeddings grow")
+    lora: bool | Literal["dora", "rslora"] = Field(False, description="train an adapter: true, 'dora' or 'rslora'")
+    lora_rank: PositiveInt = 16
+    lora_alpha: float = Field(32.0, gt=0, description="scale of the adapter: alpha / rank (rslora: / sqrt(rank))")
+    lora_targets: str | tuple[str, ...] = Field("all-linear", description="modules that get an adapter")
+    merge: bool = Field(False, description="write the adapter merged into the model")
+    load_in_4bit: bool = Field(False, description="QLoRA: the model in 4 bits under the adapter (bitsandbytes)")
+
+    # The data.
+    columns: dict[str, str] | None = Field(
+        None, description="what the data calls its columns: {chosen: good, rejected: bad}"
+    )
+    loss_on: Literal["completion", "assistant", "all"] | None = Field(
+        None, description="tokens that carry the loss; None: completions, assistant turns, the whole of plain text"
+    )
+    implicit_prompt: Literal["word", "character"] = Field(
+        "word", description="where pairs without prompt are split; 'character' is TRL's rule"
+    )
+    streaming: bool = Field(False, description="data larger than memory: read in blocks into the token store on disk")
+    deduplicate: bool = Field(False, description="leave out rows that are copies of an earlier one")
+    strict: bool = Field(False, description="stop at a faulty row of the data instead of dropping it")
+    cache_dir: Path | None = Field(None, description="where tokens and reference log-probabilities are kept")
+
+    # While training.
     logging_steps: PositiveInt = 10
     log_completions: int = Field(
         3, ge=0, description="sampled completions written to samples.jsonl at each logging step"
     )
-    strict: bool = Field(False, description="stop at a faulty row of the data instead of dropping it")
-    cache_dir: Path | None = Field(None, description="where tokens and reference log-probabilities are kept")
+    eval_split: float | None = Field(None, gt=0, lt=1, description="share of the prompts held out for evaluation")
+    eval_steps: PositiveInt | None = Field(None, description="steps between evaluations; None: ten in a run")
+    best_metric: str | None = Field(None, description="keep the best model by this, such as eval/loss, in OUTPUT/best")
+    best_mode: Literal["min", "max"] | None = Field(None, description="None: min for losses and KL, max for others")
+    patience: PositiveInt | None = Field(None, description="stop after so many evaluations without a better one")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        (), description="trackers that get the metrics too"
+    )
 
     @classmethod
     def of(cls, *layers: Mapping[str, Any]) -> TrainConfig:
@@ -67,4 +102,4 @@ class TrainConfig(BaseModel):
             raise UsageError(f"training option {where!r}: {first['msg']} (got {first['input']!r}).") from None
 
 
-ONLY_DATASET = ("rows_per_step", "epochs")  # refused for rollout sources, whose schedule decides
+ONLY_DATASET = ("rows_per_step",)  # refused for rollout sources, whose schedule decides

@@ -7,8 +7,9 @@ import copy
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,18 @@ from transformers import PreTrainedTokenizerBase
 from prefzoo.algorithm import Stage, Term
 from prefzoo.data.samples import Samples
 from prefzoo.feedback import RewardSource
+from prefzoo.models.load import end_ids
 from prefzoo.models.reference import autocast, token_scores
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.roles import Scores as ModelScores
 from prefzoo.models.tree import TreeBatch, micro_batches
 from prefzoo.parts.credit import sequence_kl
 from prefzoo.parts.feedback import Reward
+from prefzoo.parts.reference import Moving
 from prefzoo.parts.roles import CRITIC, POLICY, REFERENCE, REWARD
 from prefzoo.parts.source import Rollouts
 from prefzoo.registry import UsageError
-from prefzoo.rollout import Finish, LoopEngine
+from prefzoo.rollout import Finish, rollout_engine
 from prefzoo.seeds import derive_seed, generator
 from prefzoo.training.config import TrainConfig
 from prefzoo.training.metrics import Meter, RunLog
@@ -37,6 +40,9 @@ from prefzoo.training.records import build_record, loss_mask
 
 class NonFiniteError(RuntimeError):
     """The loss or its gradient is not finite; raised before the step, so the weights are the last good ones."""
+
+
+TAKEN = ("loss", "reward", "reward_std", "kl", "entropy", "epoch", "num_tokens", "learning_rate", "grad_norm")
 
 
 @dataclass
@@ -53,12 +59,15 @@ class Spent:
     def to_dict(self) -> dict[str, float]:
         return dict(self.__dict__)
 
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(**{k: v + getattr(other, k) for k, v in self.__dict__.items()})
+
 
 @dataclass
 class Trained:
     """A module that terms move, with its optimizer."""
 
-    module: nn.Module
+    module: Policy | Scorer
     optimizer: torch.optim.Optimizer
     peak: float
     terms: tuple[Term, ...] = field(default=())
@@ -83,25 +92,33 @@ class Engine:
         log: RunLog,
     ) -> None:
         self.stage = stage = copy.deepcopy(stage)  # its controllers have state, which is this run's own
-        self.config = config
         self.tokenizer = tokenizer
         self.policy = policy
         self.reference = reference
         self.reward = reward
         self.critic = critic
+        self.scorer = scorer
         self.data = data
         self.ptx = ptx
         self.log = log
+        self.moving = stage.reference if isinstance(stage.reference, Moving) else None
         self.spent = Spent()
         self.device = next(policy.parameters()).device
+        self.config = config
+        if 0 < config.warmup_steps < 1:  # a share of the run's optimizer steps
+            share = math.ceil(config.warmup_steps * self.optimizer_steps)
+            self.config = config.model_copy(update={"warmup_steps": share})
         self.temperature = stage.source.temperature if isinstance(stage.source, Rollouts) else 1.0
-        modules: dict[str, nn.Module | None] = {POLICY: policy, REWARD: scorer, CRITIC: critic}
+        modules: dict[str, Policy | Scorer | None] = {POLICY: policy, REWARD: scorer, CRITIC: critic}
         self.trained = {role: self._trained(role, modules[role]) for role in stage.trains}
-        self.rollouts = LoopEngine(policy, tokenizer.eos_token_id) if stage.on_policy else None
-        self.window = Meter()
+        self.rollouts = rollout_engine(policy, end_ids(tokenizer, policy.model)) if stage.on_policy else None
+        self.now = Meter()  # of this step
+        self.window = Meter()  # since the last logging
+        self.step = 0
         self.epoch = 0.0
+        self.shown_columns: Mapping[str, Sequence[Any]] = {}  # what a reward function wants beside its samples
 
-    def _trained(self, role: str, module: nn.Module | None) -> Trained:
+    def _trained(self, role: str, module: Policy | Scorer | None) -> Trained:
         assert module is not None, role
         c = self.config
         peak = c.learning_rate
@@ -120,29 +137,36 @@ class Engine:
 
     @torch.no_grad()
     def policy_logps(self, samples: Samples) -> Tensor:
-        return self._flat(samples, lambda tree: self.policy(tree, temperature=self.temperature).logps_C)
+        return self._flat(samples, self.policy, lambda tree: self.policy(tree, temperature=self.temperature).logps_C)
 
     @torch.no_grad()
     def reference_logps(self, samples: Samples) -> Tensor:
         assert self.reference is not None
         reference = self.reference
-        return self._flat(samples, lambda tree: reference(tree, temperature=self.temperature).logps_C)
+        return self._flat(samples, reference, lambda tree: reference(tree, temperature=self.temperature).logps_C)
 
     @torch.no_grad()
     def values(self, samples: Samples) -> Tensor:
         assert self.critic is not None
         critic = self.critic
-        return self._flat(samples, lambda tree: critic(tree, values=True).values_C)
+        return self._flat(samples, critic, lambda tree: critic(tree, values=True).values_C)
 
     def rewards(self, samples: Samples) -> Tensor:
         assert self.reward is not None
         self.spent.reward_calls += len(samples.completions)
-        return self.reward(samples)
+        self.reward.begin(SimpleNamespace(global_step=self.step, max_steps=self.total_steps, epoch=self.epoch))
+        scores_B = self.reward(samples)
+        metrics, self.shown_columns = self.reward.drain()
+        for name, value in metrics.items():
+            if name in TAKEN:
+                raise UsageError(f"log_metric({name!r}, ...): the run has a metric of that name; choose another.")
+            self.now.add(name, value)
+        return scores_B
 
-    def _flat(self, samples: Samples, forward: Any) -> Tensor:
+    def _flat(self, samples: Samples, role: Policy | Scorer, forward: Any) -> Tensor:
         """A score of every completion token, without gradient, on the CPU, in the order of the samples."""
         with self._autocast():
-            return token_scores(forward, samples, self.config.tokens_per_batch, self.device)
+            return token_scores(forward, samples, self.config.tokens_per_batch, self.device, role.packed)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.config.precision, self.device)
@@ -154,26 +178,44 @@ class Engine:
         """Optimizer steps for data sets, rollout steps for rollouts."""
         c, rows = self.config, len(self.data)
         if self.stage.on_policy:
-            return c.max_steps or math.ceil(rows / self.stage.schedule.prompts)
+            return c.max_steps or math.ceil(rows * c.epochs / self.stage.schedule.prompts)
         return c.max_steps or max(1, round(math.ceil(rows / c.rows_per_step) * c.epochs))
 
-    def run(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """Train to the end, giving the step and the metrics of each logging window."""
-        started = time.monotonic()
-        total = self.total_steps
-        batches = self._on_policy(total) if self.stage.on_policy else self._offline(total)
-        for step, last_of_step in batches:
-            self.log.step(step)
-            if last_of_step and (step % self.config.logging_steps == 0 or step == total):
-                self.spent.seconds = time.monotonic() - started
-                values = self.window.means()
-                values |= {"epoch": self.epoch, "num_tokens": float(self.spent.trained_tokens)}
-                self.window.clear()
-                self.log.metrics(step, values)
-                yield step, values
-        self.spent.seconds = time.monotonic() - started
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run, if no sample is dropped."""
+        schedule, source = self.stage.schedule, self.stage.source
+        if not isinstance(source, Rollouts):
+            return self.total_steps
+        parts = schedule.minibatches
+        if schedule.minibatch_rows is not None:
+            parts = max(1, round(schedule.prompts * source.group_size / schedule.minibatch_rows))
+        return self.total_steps * schedule.inner_epochs * parts
 
-    def _offline(self, total: int) -> Iterator[tuple[int, bool]]:
+    def run(self) -> Iterator[tuple[int, dict[str, float], dict[str, float] | None]]:
+        """Train to the end; of each step its number, its metrics, and, where it is logged, those since the last
+        logging."""
+        total = self.total_steps
+        steps = self._on_policy(total) if self.stage.on_policy else self._offline(total)
+        while True:
+            started = time.monotonic()  # the caller's time between two steps is not the run's
+            step = next(steps, None)
+            self.spent.seconds += time.monotonic() - started
+            if step is None:
+                return
+            self.step = step
+            self.log.step(step)
+            progress = {"epoch": self.epoch, "num_tokens": float(self.spent.trained_tokens)}
+            self.window.merge(self.now)
+            values, logged = self.now.means() | progress, None
+            self.now.clear()
+            if step % self.config.logging_steps == 0 or step == total:
+                logged = self.window.means() | progress
+                self.window.clear()
+                self.log.metrics(step, logged)
+            yield step, values, logged
+
+    def _offline(self, total: int) -> Iterator[int]:
         rows = self.config.rows_per_step
         per_epoch = math.ceil(len(self.data) / rows)
         order = np.zeros(0, dtype=np.int64)
@@ -183,18 +225,21 @@ class Engine:
                 order = self._order("order", epoch, len(self.data))
             chosen = order[place * rows : (place + 1) * rows]
             self.epoch = (step + 1) / per_epoch
-            self._optimizer_step(self.data.take(chosen), step / total, step)
-            yield step + 1, True
+            batch = self.data.take(chosen)
+            if self.moving is not None:  # its log-probabilities are not those of the start
+                batch = batch.with_tokens(ref_logps=self.reference_logps(batch))
+            self._optimizer_step(batch, step / total, step)
+            yield step + 1
 
-    def _on_policy(self, total: int) -> Iterator[tuple[int, bool]]:
+    def _on_policy(self, total: int) -> Iterator[int]:
         schedule = self.stage.schedule
         for step in range(total):
             samples = self._collect(step, total)
             self.epoch = (step + 1) * schedule.prompts / len(self.data)
             rows = len(samples)
             if rows == 0:
-                self.window.add("skipped_steps", 1.0)
-                yield step + 1, True
+                self.now.add("skipped_steps", 1.0)
+                yield step + 1
                 continue
             parts = schedule.minibatches
             if schedule.minibatch_rows is not None:
@@ -206,7 +251,7 @@ class Engine:
                     done = (inner + number / parts) / schedule.inner_epochs
                     batch = samples if whole else samples.take(chosen)
                     self._optimizer_step(batch, (step + done) / total, self.spent.optimizer_steps)
-            yield step + 1, True
+            yield step + 1
 
     def _order(self, purpose: str, epoch: int, rows: int) -> np.ndarray:
         if not self.config.shuffle:
@@ -232,9 +277,9 @@ class Engine:
         if REFERENCE in stage.needs:
             samples = samples.with_tokens(ref_logps=self.reference_logps(samples))
             kl_B = sequence_kl(samples)
-            self.window.add("kl", kl_B)
+            self.now.add("kl", kl_B)
             if "kl" in stage.controllers:
-                self.window.add("kl_coefficient", stage.controllers["kl"].value)
+                self.now.add("kl_coefficient", stage.controllers["kl"].value)
         if self.critic is not None:
             samples = samples.with_tokens(values=self.values(samples))
         self._rollout_metrics(samples, scores_B)
@@ -262,7 +307,7 @@ class Engine:
         return self.data.take(np.asarray(chosen)), np.asarray(keys)
 
     def _rollout_metrics(self, samples: Samples, scores_B: Tensor) -> None:
-        add = self.window.add
+        add = self.now.add
         known_B = ~scores_B.isnan()
         add("reward", scores_B[known_B])
         add("reward_missing", (~known_B).float())
@@ -281,12 +326,67 @@ class Engine:
         rows = np.linspace(0, max(len(samples.completions) - 1, 0), count).astype(int)
         return [
             {
+                **{name: values[b] for name, values in self.shown_columns.items()},
                 "prompt": self.tokenizer.decode(samples.prompts[samples.prompt_B[b]]),
                 "completion": self.tokenizer.decode(samples.completions[b]),
                 "reward": None if scores_B[b].isnan() else float(scores_B[b]),
             }
             for b in rows
         ]
+
+    # ------------------------------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def evaluate(self, held_out: Samples) -> dict[str, float]:
+        """Metrics on rows that are not trained on, named ``eval/...``: the losses, or the rewards of fresh samples.
+
+        Samples are drawn with the same random numbers every time, so that evaluations differ by the weights alone.
+        """
+        training, self.now = self.now, Meter()
+        calls = self.spent.reward_calls
+        modules = [t.module for t in self.trained.values()]
+        for module in modules:
+            module.eval()
+        try:
+            losses = self._evaluate_samples(held_out) if self.stage.on_policy else self._evaluate_rows(held_out)
+            return {f"eval/{name}": value for name, value in {**losses, **self.now.means()}.items()}
+        finally:
+            self.now, self.spent.reward_calls = training, calls
+            for module in modules:
+                module.train()
+
+    def _evaluate_rows(self, held_out: Samples) -> dict[str, float]:
+        """Losses over all rows; what belongs to an optimizer batch (a prelude) is made per batch, as in training."""
+        sums: dict[int, float] = defaultdict(float)
+        sizes: dict[int, float] = defaultdict(float)
+        terms = {id(t): (role, t) for role, trained in self.trained.items() for t in trained.terms if t.rows == "main"}
+        for start in range(0, len(held_out), self.config.rows_per_step):
+            batch = held_out.take(np.arange(start, min(start + self.config.rows_per_step, len(held_out))))
+            if self.moving is not None:
+                batch = batch.with_tokens(ref_logps=self.reference_logps(batch))
+            shared, plans = self._prepare({"main": batch})
+            for key, (_, term) in terms.items():
+                sizes[key] += self._size(term, batch)
+            for micro in plans["main"]:
+                for _, totals in self._losses("main", batch.take(micro), shared):
+                    for term, total in totals:
+                        sums[id(term)] += float(total)
+        losses: dict[str, float] = defaultdict(float)
+        for key, (role, term) in terms.items():
+            losses[loss_name(role)] += term.weight * sums[key] / max(sizes[key], 1e-30)
+        return losses
+
+    def _evaluate_samples(self, held_out: Samples) -> dict[str, float]:
+        source = self.stage.source
+        assert self.rollouts is not None and isinstance(source, Rollouts) and isinstance(self.stage.feedback, Reward)
+        with self._autocast():
+            samples = self.rollouts.generate(held_out, 1, source.sampling, derive_seed(self.config.seed, "evaluation"))
+        scores_B = self.stage.feedback(samples, self)
+        if self.reference is not None:
+            samples = samples.with_tokens(ref_logps=self.reference_logps(samples))
+            self.now.add("kl", sequence_kl(samples))
+        self._rollout_metrics(samples, scores_B)
+        return {}
 
     # ------------------------------------------------------------------------------------ one optimizer step
 
@@ -295,11 +395,7 @@ class Engine:
         batches: dict[str, Samples] = {"main": main}
         if any(t.rows == "ptx" for t in self.stage.terms):
             batches["ptx"] = self._ptx_rows(len(main), number)
-        shared: dict[str, Tensor] = {}
-        if self.stage.prelude is not None:
-            shared[self.stage.prelude.gives] = self.stage.prelude(main, self).to(self.device)
-        plans = {name: micro_batches(rows, self.config.tokens_per_batch) for name, rows in batches.items()}
-        self._refuse_splitting(plans)
+        shared, plans = self._prepare(batches)
         sizes = {id(term): self._size(term, batches[term.rows]) for term in self.stage.terms}
 
         for role in self.trained.values():
@@ -311,8 +407,18 @@ class Engine:
                 self._backward(name, part, sizes, shared, losses)
         self.spent.trained_tokens += int(sum(len(b.completions.flat) for b in batches.values()))
         for term, value in losses.items():
-            self.window.add(term, value)
+            self.now.add(term, value)
         self._step(progress, number, losses)
+
+    def _prepare(self, batches: Mapping[str, Samples]) -> tuple[dict[str, Tensor], dict[str, list[np.ndarray]]]:
+        """What must be known about the whole optimizer batch first, and how it is cut into micro-batches."""
+        shared: dict[str, Tensor] = {}
+        if self.stage.prelude is not None:
+            shared[self.stage.prelude.gives] = self.stage.prelude(batches["main"], self).to(self.device)
+        packed = all(t.module.packed for t in self.trained.values())
+        plans = {name: micro_batches(rows, self.config.tokens_per_batch, packed) for name, rows in batches.items()}
+        self._refuse_splitting(plans)
+        return shared, plans
 
     def _backward(
         self,
@@ -322,6 +428,20 @@ class Engine:
         shared: Mapping[str, Tensor],
         losses: dict[str, float],
     ) -> None:
+        for role, totals in self._losses(name, part, shared):
+            objective = torch.zeros((), device=self.device)
+            for term, total in totals:
+                mean = total / max(sizes[id(term)], 1e-30)
+                objective = objective + term.weight * mean
+                if len(self.stage.terms) > 1:
+                    losses[f"loss/{term.loss.name}"] += float(mean.detach())
+            losses[loss_name(role)] += float(objective.detach())
+            objective.backward()
+
+    def _losses(
+        self, name: str, part: Samples, shared: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, list[tuple[Term, Tensor]]]]:
+        """Role by role, the summed loss of each of its terms on a micro-batch. Their metrics go to the meter."""
         tree = TreeBatch.of(part, self.device)
         mask_BT = None if part.kind == "pairs" else loss_mask(part, tree.mask_BT)  # a pair's loss is one value
         for role, trained in self.trained.items():
@@ -330,19 +450,14 @@ class Engine:
                 continue
             with self._autocast():
                 scores = self._forward(role, trained.module, tree, terms)
-            objective = torch.zeros((), device=self.device)
+            totals = []
             for term in terms:
                 record = build_record(term.loss.family, part, scores, tree.mask_BT, shared)
                 out = term.loss(record)
-                weight_B = getattr(record, "weight_B", None)
-                total = term.counted.total(out.loss, mask_BT, weight_B) / max(sizes[id(term)], 1e-30)
-                objective = objective + term.weight * total
-                if len(self.stage.terms) > 1:
-                    losses[f"loss/{term.loss.name}"] += float(total.detach())
+                totals.append((term, term.counted.total(out.loss, mask_BT, getattr(record, "weight_B", None))))
                 for metric, values in out.metrics.items():
-                    self.window.add(metric, values, mask_BT)
-            losses["loss" if role != CRITIC else "loss/critic"] += float(objective.detach())
-            objective.backward()
+                    self.now.add(metric, values, mask_BT)
+            yield role, totals
 
     def _forward(self, role: str, module: nn.Module, tree: TreeBatch, terms: list[Term]) -> ModelScores:
         if role == POLICY:
@@ -388,10 +503,13 @@ class Engine:
             for group in trained.optimizer.param_groups:
                 group["lr"] = trained.peak * factor
             trained.optimizer.step()
-            self.window.add("grad_norm" if role != CRITIC else "grad_norm/critic", norms[role])
+            self.now.add("grad_norm" if role != CRITIC else "grad_norm/critic", norms[role])
         first = next(iter(self.trained.values()))
-        self.window.add("learning_rate", first.peak * factor)
+        self.now.add("learning_rate", first.peak * factor)
         self.spent.optimizer_steps += 1
+        if self.moving is not None and self.spent.optimizer_steps % self.moving.every == 0:
+            assert self.reference is not None
+            self.moving.follow(self.reference, self.policy)
 
     def _ptx_rows(self, rows: int, number: int) -> Samples:
         assert self.ptx is not None
@@ -399,6 +517,10 @@ class Engine:
             len(self.ptx), size=min(rows, len(self.ptx)), replace=False
         )
         return self.ptx.take(chosen)
+
+
+def loss_name(role: str) -> str:
+    return "loss" if role != CRITIC else "loss/critic"
 
 
 def learning_rate_factor(progress: float, step: int, config: TrainConfig) -> float:

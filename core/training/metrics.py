@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import Tensor
+
+from prefzoo.registry import UsageError
 
 
 class Meter:
@@ -42,6 +47,13 @@ class Meter:
     def means(self) -> dict[str, float]:
         return {name: total / weight for name, (total, weight) in self._sums.items() if weight}
 
+    def merge(self, other: Meter) -> None:
+        """Add what another meter has gathered."""
+        for name, (total, weight) in other._sums.items():
+            entry = self._sums.setdefault(name, [0.0, 0.0])
+            entry[0] += total
+            entry[1] += weight
+
     def clear(self) -> None:
         self._sums.clear()
 
@@ -63,10 +75,7 @@ class RunLog:
         self._started = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                (folder / name).unlink(missing_ok=True)
+        self._trackers: list[Any] = []
 
     def __enter__(self) -> RunLog:
         if not self.quiet and sys.stderr.isatty():
@@ -91,33 +100,84 @@ class RunLog:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def open_trackers(self, names: Sequence[str], record: Mapping[str, Any]) -> None:
+        """Trackers of accelerate get the metrics too, each under its own settings and environment variables."""
+        for name in names:
+            if not _available(name):
+                raise UsageError(f"report_to {name!r}: the package {name} is not installed; pip install {name}.")
+            make = LOGGER_TYPE_TO_CLASS[name]
+            folder = str(self.folder or "runs")
+            tracker = make(self.title, logging_dir=folder) if make.requires_logging_directory else make(self.title)
+            getattr(tracker, "start", lambda: None)()  # older versions of accelerate start it when it is made
+            tracker.store_init_configuration(_flat(record))
+            self._trackers.append(tracker)
 
     def step(self, step: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
+        self._record(step, values)
+        numbers = self._numbers(values)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        else:
+            self.note(f"{self.title} {step}/{self.total}  {numbers}")
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Metrics of rows held out, each named ``eval/...``; a row of its own."""
+        self._record(step, values)
+        shown = self._numbers({name.removeprefix("eval/"): value for name, value in values.items()})
+        self.note(f"{self.title} {step}/{self.total}  evaluation: {shown}")
+
+    def _record(self, step: int, values: dict[str, float]) -> None:
         row = {"step": step, **values, "time": round(time.monotonic() - self._started, 3)}
         self.history.append(row)
         self._append("metrics.jsonl", row)
-        numbers = "  ".join(f"{k.rpartition('/')[2]} {values[k]:.4g}" for k in self.SHOWN if k in values)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=numbers)
-        elif not self.quiet:
-            print(f"{self.title} {step}/{self.total}  {numbers}", file=sys.stderr, flush=True)
+        for tracker in self._trackers:
+            tracker.log(values, step=step)
+
+    def _numbers(self, values: Mapping[str, float]) -> str:
+        return "  ".join(f"{k.rpartition('/')[2]} {values[k]:.4g}" for k in self.SHOWN if k in values)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             self._append("samples.jsonl", {"step": step, **row})
-        if rows and not self.quiet and self._bar is None:
-            print(f"  e.g. {rows[0]['prompt'][-60:]!r} -> {rows[0]['completion'][:100]!r}", file=sys.stderr, flush=True)
+        if rows and self._bar is None:
+            self.note(f"  e.g. {rows[0]['prompt'][-60:]!r} -> {rows[0]['completion'][:100]!r}")
 
     def note(self, text: str) -> None:
-        """A line for the user."""
+        """A line for the user, unless the run is quiet."""
         if not self.quiet:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """A line that the user must see."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
             print(text, file=sys.stderr, flush=True)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _available(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested record with names such as config/learning_rate and values that every tracker can hold."""
+    out: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{prefix}{key}/")
+        else:
+            out[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return out

@@ -1,48 +1,28 @@
-"""``train``: from names, folders and files to a trained model in a folder."""
+"""``train`` and ``steps``: from names, folders and files to a trained model in a folder."""
 
 from __future__ import annotations
 
-import inspect
-import json
-import os
-import platform
-import sys
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from types import TracebackType
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefzoo.algorithm import Algorithm, Stage, algorithm_entry, create_algorithm
-from prefzoo.data.formats import Dataset, load_dataset
-from prefzoo.data.tokens import tokenise
-from prefzoo.feedback import RewardSource, resolve_reward
-from prefzoo.feedback.rewards import ModelReward
-from prefzoo.models.load import (
-    Size,
-    clone,
-    critic_of,
-    learn_tokenizer,
-    load_policy,
-    load_scorer,
-    load_tokenizer,
-    new_scorer,
-    save_policy,
-    save_scorer,
-    tiny_model,
-)  # fmt: skip
-from prefzoo.models.reference import cached_logps
+from prefzoo.algorithm import Algorithm
+from prefzoo.data.samples import Samples
+from prefzoo.models.load import load_policy, load_scorer, load_tokenizer, save_policy, save_scorer, set_checkpointing
 from prefzoo.models.roles import Policy, Scorer
-from prefzoo.parts.feedback import Verifier
-from prefzoo.parts.roles import CRITIC, REFERENCE, REWARD
-from prefzoo.parts.source import Rollouts
+from prefzoo.parts.roles import REFERENCE
 from prefzoo.registry import UsageError, suggest
-from prefzoo.training.config import ONLY_DATASET, TrainConfig
+from prefzoo.training import output, setup
+from prefzoo.training.config import TrainConfig
 from prefzoo.training.engine import Engine, Spent
 from prefzoo.training.metrics import RunLog
+
+Callback = Callable[[int, Policy, dict[str, float]], Any]
 
 
 @dataclass
@@ -56,6 +36,7 @@ class Run:
     spent: Spent
     history: list[dict[str, Any]] = field(repr=False)
     output_dir: Path | None = None
+    best: dict[str, Any] | None = None  # metric, value and step of the best evaluation, where one was looked for
 
     @property
     def model(self) -> PreTrainedModel:
@@ -64,18 +45,227 @@ class Run:
         return self.policy.model
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of a run, after it was taken: an optimizer step, or a rollout step where samples are drawn."""
+
+    number: int
+    total: int
+    metrics: dict[str, float]
+    evaluation: dict[str, float] | None  # where this step was evaluated
+    policy: Policy
+    stage: int = 0
+
+
+class Steps:
+    """The steps of a run, one by one, for notebooks and loops of one's own: see :func:`steps`."""
+
+    def __init__(
+        self,
+        algorithm: str | Algorithm,
+        *,
+        model: Any,
+        dataset: Any = None,
+        reward: Any = None,
+        reward_weights: Sequence[float] | None = None,
+        output_dir: str | Path | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        reference: Any = None,
+        ptx_dataset: Any = None,
+        eval_dataset: Any = None,
+        config: TrainConfig | Mapping[str, Any] | None = None,
+        callback: Callback | Sequence[Callback] = (),
+        push_to_hub: str | None = None,
+        quiet: bool = False,
+        **options: Any,
+    ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "options", "algorithm", "config")}
+        self.algorithm, self.settings = setup.resolve(algorithm, options, config, arguments)
+        chosen, settings = self.algorithm, self.settings
+        if push_to_hub is not None and output_dir is None:
+            raise UsageError("push_to_hub needs output_dir: the model is written there first.")
+        if settings.best_metric is not None and output_dir is None:
+            raise UsageError("best_metric needs output_dir: the best model is kept in OUTPUT/best.")
+        self.push_to_hub = push_to_hub
+        self.callbacks = [callback] if callable(callback) else list(callback)
+        output.check_folder(output_dir)
+        self.device = setup.device_of(settings)
+        self.log = RunLog(None if output_dir is None else Path(output_dir), chosen.name, quiet=quiet)
+        self.data, self.held_out = setup.read_data(chosen, dataset, eval_dataset, settings)
+        self.policy, self.tokenizer = setup.start_model(model, tokenizer, self.data, settings, self.log.note)
+        self.policy.to(self.device)
+        self.source = setup.reward_source(chosen, reward, reward_weights, self.tokenizer, self.device, self.log.note)
+        self.anchor = None
+        if reference is not None and REFERENCE not in chosen.needs:
+            self.log.note(f"note: {chosen.name} needs no reference; reference= is ignored.")
+        elif reference is not None:
+            self.anchor = setup.anchor(reference, self.tokenizer, settings, self.log.note).to(self.device)
+        self.facts = {"model": _name_of(model), "reward": _name_of(reward), "reference": _name_of(reference)}
+        self.ptx_dataset = ptx_dataset
+        self.folder = output.make_folder(output_dir)
+        self.spent = Spent()
+        self.scorer: Scorer | None = None
+        self.engine: Engine | None = None  # of the stage that runs
+        self.best: dict[str, Any] | None = None
+        self.result: Run | None = None
+        self._waited = 0  # evaluations since the best one
+        self._steps = self._all_steps()
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        return next(self._steps)
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._steps.close()
+
+    def finish(self) -> Run:
+        """End the run here: what is trained so far is the result, written to ``output_dir``."""
+        if self.result is None:
+            self._steps.close()
+            self.result = self._finish()
+        return self.result
+
+    def _all_steps(self) -> Generator[Step]:
+        chosen, settings = self.algorithm, self.settings
+        try:
+            with self.log:
+                self.log.open_trackers(settings.report_to, self._described())
+                for number, stage in enumerate(chosen.stages):
+                    self.engine, held = setup.make_engine(
+                        stage, settings, policy=self.policy, tokenizer=self.tokenizer, data=self.data,
+                        held_out=self.held_out, ptx_dataset=self.ptx_dataset, reward=self.source, anchor=self.anchor,
+                        device=self.device, log=self.log,
+                    )  # fmt: skip
+                    engine = self.engine
+                    if settings.gradient_checkpointing:
+                        for trained in engine.trained.values():
+                            set_checkpointing(trained.module)
+                    self.scorer = engine.scorer
+                    before = self.spent
+                    total = engine.total_steps
+                    self.log.begin(total)
+                    every = settings.eval_steps or math.ceil(total / 10)
+                    if held is not None:
+                        self._evaluate(engine, held, 0)
+                    for step, values, logged in engine.run():
+                        self.spent = before + engine.spent
+                        evaluation, going_on = None, True
+                        if held is not None and (step % every == 0 or step == total):
+                            evaluation = self._evaluate(engine, held, step)
+                            going_on = settings.patience is None or self._waited < settings.patience
+                        if logged is not None:
+                            answers = [call(step, self.policy, logged) for call in self.callbacks]
+                            going_on = going_on and not any(answer is True for answer in answers)
+                        yield Step(step, total, values, evaluation, self.policy, number)
+                        if not going_on:
+                            self.log.note(f"stopped after step {step} of {total}.")
+                            break
+            self.result = self._finish()
+        except GeneratorExit:  # finish(), or the caller dropped the iterator
+            raise
+        except BaseException:
+            if self.spent.optimizer_steps and self.folder is not None:
+                where = self._save("interrupted")
+                self.log.say(f"stopped after {self.spent.optimizer_steps} optimizer steps; the model is in {where}")
+            raise
+
+    def _evaluate(self, engine: Engine, held_out: Samples, step: int) -> dict[str, float]:
+        """Evaluate, and keep the model if it is the best so far."""
+        values = engine.evaluate(held_out)
+        self.log.evaluation(step, values)
+        s = self.settings
+        if s.best_metric is None and s.patience is None:
+            return values
+        metric = s.best_metric or ("eval/reward" if engine.stage.on_policy else "eval/loss")
+        metric = metric if metric.startswith("eval/") else f"eval/{metric}"
+        if metric not in values:
+            raise UsageError(
+                f"best_metric: no metric {metric!r}{suggest(metric, values)} There are: {', '.join(values)}."
+            )
+        mode = s.best_mode or ("min" if any(word in metric for word in ("loss", "kl")) else "max")
+        value = values[metric]
+        sign = 1 if mode == "max" else -1
+        if self.best is not None and not sign * value > sign * self.best["value"]:
+            self._waited += 1
+            return values
+        self.best, self._waited = {"metric": metric, "value": value, "step": step}, 0
+        if s.best_metric is not None and step > 0:  # the start is on disk already
+            self._save("best")
+        return values
+
+    def _finish(self) -> Run:
+        chosen = self.algorithm
+        reward = chosen.trains_reward
+        run = Run(
+            chosen.name, None if reward else self.policy, self.scorer if reward else None, self.tokenizer,
+            self.spent, self.log.history, self.folder, self.best,
+        )  # fmt: skip
+        if self.folder is None:
+            return run
+        if self.best is not None and self.best["step"] == 0:
+            self.log.note("no evaluation was better than the one before the first step.")
+        record = self._described() | {"spent": self.spent.to_dict(), "best": self.best}
+        output.write_record(record, self.folder)
+        output.write_card(record, self.log.history, self._save("final"))
+        output.draw_curves(self.log.history, self.folder / "curves.png", chosen.name, self.log.note)
+        if self.push_to_hub is not None:
+            output.push(self.folder / "final", self.push_to_hub, self.log.note)
+        return run
+
+    def _save(self, name: str) -> Path:
+        """The model as it is, as a folder; an older one of that name is replaced only when the new one is whole."""
+        assert self.folder is not None
+        with output.replacing(self.folder / name) as aside:
+            if self.scorer is not None:
+                save_scorer(self.scorer, self.tokenizer, aside, note=self.log.note)
+            else:
+                save_policy(self.policy, self.tokenizer, aside, merge=self.settings.merge)
+        return self.folder / name
+
+    def _described(self) -> dict[str, Any]:
+        return output.describe(self.algorithm, self.settings, self.data, self.held_out, self.facts)
+
+
+def steps(algorithm: str | Algorithm, **arguments: Any) -> Steps:
+    """The steps of a run, one by one: the arguments are those of :func:`train`.
+
+    Each :class:`Step` comes after it was taken, with its metrics, and its evaluation where there was one. Leave the
+    loop when you like; ``finish()`` then writes what is trained so far and gives the :class:`Run`.
+
+    Example::
+
+        steps = prefzoo.steps("dpo", model="my-model", dataset="pairs.jsonl.gz", output_dir="runs/dpo")
+        for step in steps:
+            print(step.number, step.metrics["loss"])
+            if step.metrics["rewards/margins"] > 2:
+                break
+        run = steps.finish()
+    """
+    return Steps(algorithm, **arguments)
+
+
 def train(
     algorithm: str | Algorithm,
     *,
     model: str | Path | PreTrainedModel | Policy,
     dataset: Any = None,
     reward: Any = None,
+    reward_weights: Sequence[float] | None = None,
     output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     reference: str | Path | PreTrainedModel | None = None,
     ptx_dataset: Any = None,
+    eval_dataset: Any = None,
     config: TrainConfig | Mapping[str, Any] | None = None,
-    callback: Callable[[int, Policy, dict[str, float]], None] | None = None,
+    callback: Callback | Sequence[Callback] = (),
+    push_to_hub: str | None = None,
     quiet: bool = False,
     **options: Any,
 ) -> Run:
@@ -83,231 +273,57 @@ def train(
 
     Args:
         algorithm: a name (``prefzoo.list_algorithms()``) or a composition.
-        model: a local Hugging Face folder, a hub id, a loaded model (copied), or ``"tiny"``: a small random model with
-            a tokenizer learned from the data.
-        dataset: a JSON Lines file, a list of rows or a ``datasets.Dataset``; converted to what the algorithm needs.
-        reward: a function with TRL's signature, a verifier's name, a reward-model folder, or a list of these. An
-            algorithm that needs none ignores it and says so.
-        output_dir: gets ``metrics.jsonl``, ``samples.jsonl``, ``run.json`` and ``final/``; None: nothing is written.
+        model: a local Hugging Face folder, a hub id, a peft adapter's folder, a loaded model (copied), or ``"tiny"``:
+            a small random model with a tokenizer learned from the data.
+        dataset: a file, a folder, a hub id, a list of rows, a ``datasets`` object, or a list of
+            :class:`prefzoo.DataSource`; converted to what the algorithm needs.
+        reward: a function with TRL's signature, a verifier's name, a reward-model folder or hub id, or a list of these
+            (their sum, with ``reward_weights``). An algorithm that needs none ignores it and says so.
+        output_dir: gets ``metrics.jsonl``, ``samples.jsonl``, ``run.json``, ``curves.png`` and ``final/``; None:
+            nothing is written.
         reference: the anchor; by default the start model.
         ptx_dataset: demonstrations for terms on ``ptx`` rows (``ppo(ptx=...)``).
+        eval_dataset: rows or prompts that are not trained on, evaluated every ``eval_steps``; or ``eval_split=0.05``.
         config: a :class:`TrainConfig` or a mapping of its fields.
-        callback: called as ``callback(step, policy, metrics)`` after every ``logging_steps`` steps.
+        callback: called as ``callback(step, policy, metrics)`` after every ``logging_steps`` steps; several in a list.
+            The run ends early where one returns ``True``.
+        push_to_hub: repository on the hub that gets ``final/``.
         **options: options of the algorithm (``beta=0.2``) or fields of the configuration (``learning_rate=1e-5``).
+
+    If the run stops with an error or Ctrl-C, the model as it is then goes to ``output_dir/interrupted``.
 
     Example::
 
         run = prefzoo.train("dpo", model="my-model", dataset="pairs.jsonl.gz", output_dir="runs/dpo", beta=0.2)
     """
-    chosen, settings = _resolve(algorithm, options, config)
-    if dataset is None:
-        raise UsageError(f"algorithm {chosen.name!r}: give dataset=, a file or rows of type {chosen.data}.")
-    folder = _output_folder(output_dir)
-    data = load_dataset(dataset, strict=settings.strict)
-    policy, words = _start(model, tokenizer, data, settings)
-    device = _device(settings)
-    policy.to(device)
-    if settings.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    source = _reward(chosen, reward, words, device, quiet)
-    anchor = load_policy(reference).to(device).requires_grad_(False) if reference is not None else None
-
-    spent, scorer = Spent(), None
-    with RunLog(folder, chosen.name, quiet=quiet) as log:
-        if anchor is not None and REFERENCE not in chosen.needs:
-            log.note(f"note: {chosen.name} needs no reference; reference= is ignored.")
-        for stage in chosen.stages:
-            engine, scorer = _engine(stage, settings, policy, words, data, ptx_dataset, source, anchor, device, log)
-            log.begin(engine.total_steps)
-            for step, values in engine.run():
-                if callback is not None:
-                    callback(step, policy, values)
-            spent = _add(spent, engine.spent)
-    result = Run(
-        chosen.name, None if chosen.trains_reward else policy, scorer if chosen.trains_reward else None, words,
-        spent, log.history, folder,
-    )  # fmt: skip
-    if folder is not None:
-        _write(result, chosen, settings, data, words, folder)
-    return result
+    given = {k: v for k, v in locals().items() if k not in ("algorithm", "options")}
+    run = Steps(algorithm, **given, **options)
+    for _ in run:
+        pass
+    return run.finish()
 
 
-def _resolve(
-    algorithm: str | Algorithm, options: Mapping[str, Any], config: TrainConfig | Mapping[str, Any] | None
-) -> tuple[Algorithm, TrainConfig]:
-    """Sort options into the algorithm's and the configuration's, and merge defaults, recommended and given values."""
-    given = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else dict(config or {})
-    mathematics = {} if isinstance(algorithm, Algorithm) else algorithm_entry(algorithm).options
-    for key in options:
-        if key not in mathematics and key not in TrainConfig.model_fields:
-            known = [*mathematics, *TrainConfig.model_fields, *inspect.signature(train).parameters]
-            raise UsageError(f"neither algorithm {algorithm!r} nor training has an option {key!r}{suggest(key, known)}")
-    mine = {k: v for k, v in options.items() if k in mathematics}
-    given |= {k: v for k, v in options.items() if k not in mathematics}
-    chosen = algorithm if isinstance(algorithm, Algorithm) else create_algorithm(algorithm, **mine)
-    settings = TrainConfig.of(chosen.recommended, given)
-    if chosen.stages[0].on_policy:
-        for key in ONLY_DATASET:
-            if key in given:
-                raise UsageError(
-                    f"{key!r} has no effect on {chosen.name!r}, whose rows are sampled: its schedule decides "
-                    "(prompts_per_step, inner_epochs, minibatches of the algorithm; max_steps of the training)."
-                )
-    if "critic_learning_rate" in given and CRITIC not in chosen.needs:
-        raise UsageError(f"'critic_learning_rate' has no effect on {chosen.name!r}, which has no critic; leave it out.")
-    if "betas" in given and settings.optimizer == "sgd":
-        raise UsageError("'betas' has no effect with optimizer='sgd'; leave it out.")
-    return chosen, settings
-
-
-def _output_folder(output_dir: str | Path | None) -> Path | None:
-    if output_dir is None:
-        return None
-    folder = Path(output_dir)
-    if (folder / "run.json").exists():
-        raise UsageError(f"output folder {str(folder)!r} holds another run; choose a new folder or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _device(settings: TrainConfig) -> torch.device:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise UsageError(
-            f"this run was launched as {processes} processes; training on several is not supported yet. "
-            "Start it without a launcher: one process uses one device."
-        )
-    return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _start(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, data: Dataset, settings: TrainConfig
+def load_run_policy(
+    source: str | Path, *, chat_template: str | None = None, **where: Any
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """The start policy (a copy, where the caller holds the model) and its tokenizer."""
-    if isinstance(model, str) and model in ("tiny", "small"):
-        words = tokenizer or learn_tokenizer(_texts(data))
-        return Policy(tiny_model(words, size=cast(Size, model), seed=settings.seed)), words
-    if isinstance(model, Policy):
-        model = model.model
-    if tokenizer is None:
-        where = model.config._name_or_path if isinstance(model, PreTrainedModel) else model
-        if not where:
-            raise UsageError("a model in memory needs its tokenizer: give tokenizer=.")
-        tokenizer = load_tokenizer(where)
-    return load_policy(model), tokenizer
+    """The policy of a run folder, its ``final`` folder, any model or adapter folder, or a hub id.
+
+    ``where``: ``revision`` and ``trust_remote_code`` of a hub id.
+    """
+    final = Path(source) / "final"
+    found = str(final if final.is_dir() else source)
+    tokenizer = load_tokenizer(found, chat_template=chat_template, **where)
+    return load_policy(found, tokenizer=tokenizer, **where), tokenizer
 
 
-def _texts(data: Dataset) -> list[str]:
-    return [str(row[k]) for row in data.rows for k in ("prompt", "chosen", "rejected", "completion") if k in row]
+def _name_of(value: Any) -> Any:
+    """What a record says about a model or a reward that was given."""
+    if value is None or isinstance(value, str | Path):
+        return None if value is None else str(value)
+    if isinstance(value, list | tuple):
+        return [_name_of(v) for v in value]
+    path = getattr(getattr(value, "config", None), "_name_or_path", None)
+    return path or getattr(value, "__name__", type(value).__name__)
 
 
-def _reward(
-    algorithm: Algorithm, reward: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device, quiet: bool
-) -> RewardSource | None:
-    needs = any(REWARD in s.needs and REWARD not in s.trains for s in algorithm.stages)
-    if not needs:
-        if reward is not None and not quiet:
-            print(f"note: {algorithm.name} learns from the data's labels; reward= is ignored.", file=sys.stderr)
-        return None
-    if reward is None:
-        raise UsageError(
-            f"algorithm {algorithm.name!r} needs a reward: give reward= a function "
-            "f(prompts, completions, **columns) -> list of float, a verifier ('exact', 'numeric'), or the "
-            "folder of a reward model (prefzoo train reward_model ... makes one)."
-        )
-    source = resolve_reward(reward, tokenizer, device)
-    if any(isinstance(s.feedback, Verifier) for s in algorithm.stages) and not source.verifies:
-        raise UsageError(
-            f"algorithm {algorithm.name!r} needs a verifier (a function that checks answers), not a reward model; "
-            "for a reward model use 'grpo'."
-        )
-    return source
-
-
-def _engine(
-    stage: Stage, settings: TrainConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, data: Dataset,
-    ptx_dataset: Any, reward: RewardSource | None, anchor: Policy | None, device: torch.device, log: RunLog,
-) -> tuple[Engine, Scorer | None]:  # fmt: skip
-    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or settings.max_length
-    if isinstance(stage.source, Rollouts):  # a prompt must leave room for its answer; longer ones are dropped, counted
-        positions = positions - stage.source.max_new_tokens + 1
-    options: dict[str, Any] = {
-        "max_length": min(settings.max_length, positions),
-        "cache": settings.cache_dir,
-        "strict": settings.strict,
-    }
-    samples, report = tokenise(data, tokenizer, stage.source.data, **options)
-    for line in report.lines():
-        log.note(line)
-    ptx = None
-    if ptx_dataset is not None and all(t.rows != "ptx" for t in stage.terms):
-        log.note("note: no term has ptx rows; ptx_dataset= is ignored.")
-    if any(t.rows == "ptx" for t in stage.terms):
-        if ptx_dataset is None:
-            raise UsageError("this algorithm has a term on ptx rows: give ptx_dataset= demonstrations.")
-        ptx, _ = tokenise(ptx_dataset, tokenizer, "completions", **options)
-    reference = None
-    if REFERENCE in stage.needs:
-        live = stage.on_policy or stage.prelude is not None
-        reference = anchor or (clone(policy) if live else policy)
-        if not stage.on_policy:
-            # Offline rows never change, so neither do their reference log-probabilities: once, before any step.
-            budget, precision = settings.tokens_per_batch, settings.precision
-            logps = cached_logps(reference, samples, budget, device, settings.cache_dir, precision)
-            samples = samples.with_tokens(ref_logps=logps)
-    scorer = new_scorer(policy, stage.pooling).to(device) if REWARD in stage.trains else None  # type: ignore[arg-type]
-    critic = None
-    if CRITIC in stage.needs:
-        critic = new_scorer(policy)
-        if stage.critic_from == REWARD:
-            if not isinstance(reward, ModelReward):
-                raise UsageError("critic_from='reward' needs a reward model as the reward.")
-            critic = critic_of(reward.scorer)
-        critic.to(device)
-    engine = Engine(
-        stage, settings, tokenizer=tokenizer, policy=policy, data=samples, ptx=ptx, reward=reward,
-        reference=reference, scorer=scorer, critic=critic, log=log,
-    )  # fmt: skip
-    return engine, scorer
-
-
-def _add(a: Spent, b: Spent) -> Spent:
-    return Spent(**{k: v + getattr(b, k) for k, v in a.__dict__.items()})
-
-
-def _write(
-    run: Run,
-    algorithm: Algorithm,
-    settings: TrainConfig,
-    data: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-) -> None:
-    if run.scorer is not None:
-        save_scorer(run.scorer, tokenizer, folder / "final")
-    else:
-        assert run.policy is not None
-        save_policy(run.policy, tokenizer, folder / "final")
-    packages = ("prefzoo", "torch", "transformers", "numpy")
-    record = {
-        "algorithm": algorithm.name,
-        "options": {k: repr(v) if callable(v) else v for k, v in algorithm.options.items()},
-        "composition": repr(algorithm),
-        "sources": algorithm.sources,
-        "config": settings.model_dump(mode="json"),
-        "given": settings.model_dump(mode="json", exclude_unset=True),
-        "data": {"source": data.report.source, "hash": data.hash(), "type": data.type, "rows": len(data.rows)},
-        "spent": run.spent.to_dict(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-    }
-    (folder / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
-
-
-def load_run_policy(folder: str | Path) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """The policy of a run folder, its ``final`` folder, or any model folder."""
-    folder = Path(folder)
-    final = folder / "final" if (folder / "final").is_dir() else folder
-    return load_policy(final), load_tokenizer(final)
-
-
-__all__ = ["Run", "load_run_policy", "load_scorer", "train"]
+__all__ = ["Run", "Step", "Steps", "load_run_policy", "load_scorer", "steps", "train"]

@@ -1,0 +1,246 @@
+"""What a run leaves behind: its record, its model card, its learning curves; and the way to the hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCardData
+
+from prefzoo.algorithm import Algorithm
+from prefzoo.data.formats import Dataset
+from prefzoo.registry import UsageError
+from prefzoo.training.config import TrainConfig
+
+PACKAGES = ("prefzoo", "torch", "transformers", "accelerate", "peft", "datasets", "numpy")
+MODELS = ("final", "best", "interrupted")
+
+
+def check_folder(output_dir: str | Path | None) -> None:
+    """Refuse a folder that holds another run, before anything is loaded."""
+    if output_dir is None:
+        return
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output folder {str(folder)!r} is a file; choose another name.")
+    if any((folder / name).exists() for name in ("run.json", *MODELS)):
+        raise UsageError(f"output folder {str(folder)!r} holds another run; choose a new folder or remove it.")
+
+
+def make_folder(output_dir: str | Path | None) -> Path | None:
+    if output_dir is None:
+        return None
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output folder {str(folder)!r} cannot be made: {error.strerror}.") from error
+    for name in ("metrics.jsonl", "samples.jsonl"):  # of a run that left nothing else
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of another when it is whole: a killed run leaves no half model."""
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+def describe(
+    algorithm: Algorithm, settings: TrainConfig, data: Dataset, held_out: Dataset | None, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How a model was made, as data: enough to make it again."""
+    return {
+        "algorithm": algorithm.name,
+        "options": {k: repr(v) if callable(v) else v for k, v in algorithm.options.items()},
+        "composition": repr(algorithm),
+        "sources": algorithm.sources,
+        **facts,
+        "config": settings.model_dump(mode="json"),
+        "given": settings.model_dump(mode="json", exclude_unset=True),
+        "data": _of(data),
+        "held_out": None if held_out is None else _of(held_out),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+    }
+
+
+def _of(data: Dataset) -> dict[str, Any]:
+    report = data.report
+    return {"source": report.source, "hash": data.hash(), "type": data.type, "rows": report.rows,
+            "dropped": dict(report.dropped)}  # fmt: skip
+
+
+def write_record(record: Mapping[str, Any], folder: Path) -> None:
+    (folder / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ model card
+
+
+def write_card(record: Mapping[str, Any], history: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """``README.md`` of the model: how it was made, in words and numbers, from the run's record alone."""
+    (folder / "README.md").write_text(card(record, history, adapter=_is_adapter(folder)), encoding="utf-8")
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
+
+
+def card(record: Mapping[str, Any], history: Sequence[Mapping[str, Any]], adapter: bool = False) -> str:
+    """The text of a model card."""
+    name, base = record["algorithm"], record["model"]
+    data = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        base_model=base if _on_hub(base) else None,
+        tags=["prefzoo", name, "preference-optimization"],
+        pipeline_tag="text-generation" if _is_policy(record) else "text-classification",
+    )
+    spent, config = record["spent"], record["config"]
+    last = {k: v for row in history for k, v in row.items()}
+    shown = {k: v for k, v in last.items() if isinstance(v, float) and k not in ("time", "epoch")}
+    lines = [
+        "---", data.to_yaml().strip(), "---", "",
+        f"# {name} from {base}", "",
+        f"Trained by [prefzoo](https://pypi.org/project/prefzoo/) {record['versions']['prefzoo']} with the algorithm "
+        f"`{name}`: this page was written by the run from its own record.", "",
+        "## How it was made", "",
+        "| | |", "|---|---|",
+        f"| start | `{base}`{_revision(config)} |",
+        f"| algorithm | `{record['composition']}` |",
+        *_optional("reference", record["reference"]),
+        *_optional("reward", record["reward"]),
+        f"| data | {_data_words(record['data'])} |",
+        *([f"| held out | {_data_words(record['held_out'])} |"] if record["held_out"] else []),
+        f"| options | {_code(record['options'])} |",
+        f"| training | {_code({k: v for k, v in config.items() if k in record['given'] or k in _ALWAYS})} |",
+        f"| cost | {spent['optimizer_steps']} optimizer steps, {spent['trained_tokens']:,} trained tokens, "
+        f"{spent['generated_tokens']:,} sampled tokens, {spent['reward_calls']:,} rewards, {spent['seconds']:.0f} s |",
+        f"| formula | {_code(record['sources'])} (hashes of the source files) |",
+        f"| versions | {_code(record['versions'])} |",
+        "",
+        "## Last numbers", "", "| metric | value |", "|---|---|", *(f"| {k} | {v:.4g} |" for k, v in shown.items()), "",
+    ]  # fmt: skip
+    if record["best"]:
+        best = record["best"]
+        lines += [f"Best evaluation: {best['metric']} = {best['value']:.4g} after step {best['step']}.", ""]
+    return "\n".join([*lines, "## Use", "", "```python", *_usage(record, adapter), "```", ""])
+
+
+_ALWAYS = ("learning_rate", "rows_per_step", "epochs", "max_steps", "optimizer", "precision", "max_length", "seed")
+
+
+def _usage(record: Mapping[str, Any], adapter: bool) -> list[str]:
+    if not _is_policy(record):
+        return ["from prefzoo.models.load import load_scorer", "", 'reward_model = load_scorer("FOLDER")']
+    kind = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+    return [
+        *(imports if adapter else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]), "",
+        f'model = {kind}.from_pretrained("FOLDER")', 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+    ]  # fmt: skip
+
+
+def _is_policy(record: Mapping[str, Any]) -> bool:
+    return "->reward" not in record["composition"]
+
+
+def _on_hub(base: Any) -> bool:
+    return isinstance(base, str) and base.count("/") == 1 and not Path(base).exists()
+
+
+def _revision(config: Mapping[str, Any]) -> str:
+    return f" at revision `{config['revision']}`" if config["revision"] else ""
+
+
+def _optional(name: str, value: Any) -> list[str]:
+    return [] if value is None else [f"| {name} | `{value}` |"]
+
+
+def _data_words(data: Mapping[str, Any]) -> str:
+    left_out = "".join(f"; {n} dropped: {reason}" for reason, n in data["dropped"].items())
+    return f"`{data['source']}`, {data['rows']:,} rows of type {data['type']}, content hash `{data['hash']}`{left_out}"
+
+
+def _code(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{k}={v}`" for k, v in values.items()) or "–"
+
+
+# ------------------------------------------------------------------------------------------- learning curves
+
+PANELS = {  # title -> names it may show, first those of the run, then their evaluations
+    "loss": ("loss", "loss/critic"),
+    "reward": ("reward", "reward_std"),
+    "implicit rewards": ("rewards/chosen", "rewards/rejected", "rewards/margins"),
+    "accuracy": ("rewards/accuracies", "accuracy"),
+    "KL to the reference": ("kl",),
+    "log-probabilities": ("logps/chosen", "logps/rejected"),
+    "completion length": ("completions/mean_length",),
+    "gradient norm": ("grad_norm", "grad_norm/critic"),
+}
+
+
+def draw_curves(history: Sequence[Mapping[str, Any]], file: Path, title: str, note: Callable[[str], None]) -> None:
+    """Learning curves as PNG: a panel for each kind of metric the run has, evaluations dashed."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no display, no global state
+    except ImportError:
+        note("no curves.png: matplotlib is not installed.")
+        return
+    have = {name for row in history for name in row}
+    panels = {t: [n for n in names if {n, f"eval/{n}"} & have] for t, names in PANELS.items()}
+    panels = {t: names for t, names in panels.items() if names}
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (panel, names) in zip(axes, panels.items(), strict=False):
+        for color, name in enumerate(names):
+            for prefix, style in (("", "-"), ("eval/", "--")):
+                points = [(r["step"], r[prefix + name]) for r in history if prefix + name in r]
+                if points:
+                    label = name if not prefix or name not in have else None
+                    marker = "o" if len(points) < 30 else None
+                    axis.plot(*zip(*points, strict=True), style, color=f"C{color}", marker=marker, ms=3, label=label)
+        axis.set_title(panel, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.legend(fontsize=7, frameon=False)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    evaluated = any(name.startswith("eval/") for name in have)
+    figure.suptitle(title + (" (dashed: evaluation)" if evaluated else ""), fontsize=11)
+    figure.savefig(file, dpi=130)
+
+
+# ------------------------------------------------------------------------------------------------- the hub
+
+
+def push(folder: Path, repository: str, note: Callable[[str], None]) -> None:
+    """Upload a finished model. The folder stays, so a failure costs nothing but the upload."""
+    try:
+        api = HfApi()
+        url = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="model trained by prefzoo")
+    except Exception as error:  # network, rights, quota: many classes, one cure
+        raise UsageError(
+            f"push_to_hub {repository!r} failed ({str(error).strip().splitlines()[0]}). The model is in {folder}; "
+            f"upload it later with: hf upload {repository} {folder}"
+        ) from error
+    note(f"pushed to {url}")

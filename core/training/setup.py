@@ -1,0 +1,305 @@
+"""From names, folders and files to what a run needs: the algorithm, its settings, models and data."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from prefzoo.algorithm import Algorithm, Stage, algorithm_entry, create_algorithm
+from prefzoo.data.formats import Dataset, load_dataset, split_by_prompt
+from prefzoo.data.samples import Samples
+from prefzoo.data.tokens import tokenise
+from prefzoo.feedback import RewardSource, resolve_reward
+from prefzoo.feedback.rewards import ModelReward
+from prefzoo.models.adapters import Adapter
+from prefzoo.models.load import (
+    Size,
+    clone,
+    critic_of,
+    learn_tokenizer,
+    load_policy,
+    load_tokenizer,
+    new_critic,
+    new_scorer,
+    prepare_tokenizer,
+    tiny_model,
+)  # fmt: skip
+from prefzoo.models.reference import cached_logps, reference_of
+from prefzoo.models.roles import Policy, Scorer
+from prefzoo.parts.feedback import Verifier
+from prefzoo.parts.reference import Moving
+from prefzoo.parts.roles import CRITIC, REFERENCE, REWARD
+from prefzoo.parts.source import Rollouts
+from prefzoo.registry import UsageError, suggest
+from prefzoo.training.config import ONLY_DATASET, TrainConfig
+from prefzoo.training.engine import Engine
+from prefzoo.training.metrics import RunLog
+
+Note = Callable[[str], None]
+
+
+def resolve(
+    algorithm: str | Algorithm,
+    options: Mapping[str, Any],
+    config: TrainConfig | Mapping[str, Any] | None,
+    arguments: Mapping[str, Any],
+) -> tuple[Algorithm, TrainConfig]:
+    """Sort options into the algorithm's and the configuration's; merge defaults, recommended and given values.
+
+    ``arguments``: what else the run was given (``eval_dataset``, ...), to find options that have no effect.
+    """
+    given = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else dict(config or {})
+    entry = None if isinstance(algorithm, Algorithm) else algorithm_entry(algorithm)
+    if entry is not None and "spelling" in entry.tags:  # trl: names take another library's words
+        translated = entry.tags["spelling"](options)
+        options = {**translated.options, **translated.settings}
+    mathematics = {} if entry is None else entry.options
+    for key in options:
+        if key not in mathematics and key not in TrainConfig.model_fields:
+            known = [*mathematics, *TrainConfig.model_fields, *arguments]
+            raise UsageError(f"neither algorithm {algorithm!r} nor training has an option {key!r}{suggest(key, known)}")
+    mine = {k: v for k, v in options.items() if k in mathematics}
+    given |= {k: v for k, v in options.items() if k not in mathematics}
+    chosen = algorithm if isinstance(algorithm, Algorithm) else create_algorithm(algorithm, **mine)
+    settings = TrainConfig.of(chosen.recommended, given)
+    for keys, why in _without_effect(chosen, settings, arguments):
+        for key in keys:
+            if key in given:
+                raise UsageError(f"{key!r} has no effect on {chosen.name!r}: {why}; leave it out.")
+    return chosen, settings
+
+
+def _without_effect(
+    algorithm: Algorithm, settings: TrainConfig, arguments: Mapping[str, Any]
+) -> list[tuple[tuple[str, ...], str]]:
+    """Options that this run does not read, and why."""
+    out: list[tuple[tuple[str, ...], str]] = []
+    sampled = algorithm.stages[0].on_policy
+    if sampled:
+        out.append((ONLY_DATASET, "its rows are sampled, and its schedule decides (prompts_per_step, inner_epochs, "
+                    "minibatches of the algorithm; max_steps of the training)"))  # fmt: skip
+        out.append((("loss_on", "implicit_prompt"), "it trains on answers of its own"))
+    else:
+        out.append((("log_completions",), "it samples nothing"))
+    if CRITIC not in algorithm.needs:
+        out.append((("critic_learning_rate",), "it has no critic"))
+    if settings.optimizer == "sgd":
+        out.append((("betas",), "the optimizer is sgd"))
+    if settings.schedule == "constant":
+        out.append((("final_learning_rate",), "the learning rate stays constant"))
+    if not settings.lora:
+        out.append((("lora_rank", "lora_alpha", "lora_targets", "merge", "load_in_4bit"), "there is no adapter (lora)"))
+    if settings.precision == "float32":
+        out.append((("fp32_head",), "the forward pass is in float32 anyway"))
+    if algorithm.trains_reward:
+        out.append((("fp32_head",), "a reward head is in float32 anyway"))
+    if arguments.get("eval_dataset") is not None:
+        out.append((("eval_split",), "eval_dataset is given"))
+    elif settings.eval_split is None:
+        why = "nothing is held out (eval_dataset or eval_split)"
+        out.append((("eval_steps", "best_metric", "best_mode", "patience"), why))
+    if settings.best_metric is None and settings.patience is None:
+        out.append((("best_mode",), "no best model is looked for (best_metric or patience)"))
+    return out
+
+
+def device_of(settings: TrainConfig) -> torch.device:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise UsageError(
+            f"this run was launched as {processes} processes; training on several is not supported yet. "
+            "Start it without a launcher: one process uses one device."
+        )
+    name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} is not there ({str(error).splitlines()[0]}); leave device out.") from None
+    return device
+
+
+def read_data(
+    algorithm: Algorithm, dataset: Any, eval_dataset: Any, settings: TrainConfig
+) -> tuple[Dataset, Dataset | None]:
+    """The data to train on, and what is held out of it; no prompt is in both."""
+    if dataset is None:
+        raise UsageError(f"algorithm {algorithm.name!r}: give dataset=, a file or rows of type {algorithm.data}.")
+    s = settings
+    held_out = None if eval_dataset is None else load_dataset(eval_dataset, **reading_of(s))
+    data = load_dataset(
+        dataset, **reading_of(s), deduplicate=s.deduplicate, streaming=s.streaming, without_prompts_of=held_out
+    )
+    if s.eval_split is not None:
+        data, held_out = split_by_prompt(data, s.eval_split, s.seed)
+    return data, held_out
+
+
+def reading_of(settings: TrainConfig) -> dict[str, Any]:
+    """How every data set of a run is read."""
+    s = settings
+    return {"strict": s.strict, "columns": s.columns, "implicit_prompt": s.implicit_prompt, "seed": s.seed}
+
+
+def start_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, data: Dataset, settings: TrainConfig, note: Note
+) -> tuple[Policy, PreTrainedTokenizerBase]:
+    """The start policy (a copy, where the caller holds the model) and its tokenizer."""
+    s = settings
+    if model is None:
+        raise UsageError("which model? model=FOLDER, a hub id, a loaded model, or 'tiny' for a small random one.")
+    words: dict[str, Any] = {"chat_template": s.chat_template, "added_tokens": s.added_tokens}
+    where: dict[str, Any] = {"revision": s.revision, "trust_remote_code": s.trust_remote_code}
+    if isinstance(model, str) and model in ("tiny", "small"):
+        tokenizer = tokenizer or learn_tokenizer(list(_texts(data)))
+        model = tiny_model(tokenizer, size=cast(Size, model), seed=s.seed)
+    if tokenizer is not None:
+        tokenizer = prepare_tokenizer(copy.deepcopy(tokenizer), **words)
+    else:
+        source = getattr(getattr(model, "config", None), "_name_or_path", "") if _in_memory(model) else model
+        if not source:
+            raise UsageError("a model in memory needs its tokenizer: give tokenizer=.")
+        tokenizer = load_tokenizer(source, **where, **words)
+    policy = load_policy(
+        model, **where, dtype=getattr(torch, s.dtype), tokenizer=tokenizer, adapter=adapter_of(s),
+        load_in_4bit=s.load_in_4bit, note=note,
+    )  # fmt: skip
+    policy.fp32_head = s.fp32_head
+    return policy, tokenizer
+
+
+def anchor(reference: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainConfig, note: Note) -> Policy:
+    """The user's own reference, frozen, in the precision of the policy."""
+    policy = load_policy(reference, dtype=getattr(torch, settings.dtype), tokenizer=tokenizer, note=note)
+    policy.fp32_head = settings.fp32_head
+    return policy.requires_grad_(False)
+
+
+def adapter_of(settings: TrainConfig) -> Adapter | None:
+    """The adapter that the settings ask for."""
+    if not settings.lora:
+        return None
+    # What was not said is left open: an adapter that is continued keeps its own.
+    said = {k: getattr(settings, f"lora_{k}") for k in ("rank", "alpha", "targets")}
+    said = {k: v for k, v in said.items() if f"lora_{k}" in settings.model_fields_set}
+    return Adapter("lora" if settings.lora is True else settings.lora, seed=settings.seed, **said)
+
+
+def _in_memory(model: Any) -> bool:
+    return isinstance(model, torch.nn.Module)
+
+
+def _texts(data: Dataset) -> Iterator[str]:
+    """Everything that is said in the data."""
+    for row in data:
+        for side in ("prompt", "chosen", "rejected", "completion", "completions", "text", "messages"):
+            value = row.get(side)
+            if isinstance(value, str):
+                yield value
+            elif value is not None:
+                yield from (part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in value)
+
+
+def reward_source(
+    algorithm: Algorithm,
+    reward: Any,
+    weights: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    note: Note,
+) -> RewardSource | None:
+    if not any(REWARD in s.needs and REWARD not in s.trains for s in algorithm.stages):
+        if reward is not None:
+            note(f"note: {algorithm.name} learns from the data's labels; reward= is ignored.")
+        return None
+    if reward is None:
+        raise UsageError(
+            f"algorithm {algorithm.name!r} needs a reward: give reward= a function "
+            "f(prompts, completions, **columns) -> list of float, a verifier ('exact', 'numeric'), or the "
+            "folder of a reward model (prefzoo train reward_model ... makes one)."
+        )
+    source = resolve_reward(reward, tokenizer, device, weights=weights)
+    if any(isinstance(s.feedback, Verifier) for s in algorithm.stages) and not source.verifies:
+        raise UsageError(
+            f"algorithm {algorithm.name!r} needs a verifier (a function that checks answers), not a reward model; "
+            "for a reward model use 'grpo'."
+        )
+    return source
+
+
+def make_engine(
+    stage: Stage,
+    settings: TrainConfig,
+    *,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Dataset,
+    held_out: Dataset | None,
+    ptx_dataset: Any,
+    reward: RewardSource | None,
+    anchor: Policy | None,
+    device: torch.device,
+    log: RunLog,
+) -> tuple[Engine, Samples | None]:
+    """The engine of a stage, its roles loaded and its rows tokenised; and the rows held out."""
+    config = policy.model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or settings.max_length
+    if isinstance(stage.source, Rollouts):  # a prompt must leave room for its answer; longer ones are dropped, counted
+        positions = positions - stage.source.max_new_tokens + 1
+    reading: dict[str, Any] = {
+        "max_length": min(settings.max_length, positions),
+        "cache": settings.cache_dir,
+        "strict": settings.strict,
+        "loss_on": settings.loss_on,
+    }
+    samples, report = tokenise(data, tokenizer, stage.source.data, **reading)
+    for line in report.lines():
+        log.note(line)
+    held = None
+    if held_out is not None:
+        held, report = tokenise(held_out, tokenizer, stage.source.data, **reading)
+        log.note(f"held out: {report.rows} rows of {report.source}")
+    ptx = None
+    if ptx_dataset is not None and all(t.rows != "ptx" for t in stage.terms):
+        log.note("note: no term has ptx rows; ptx_dataset= is ignored.")
+    if any(t.rows == "ptx" for t in stage.terms):
+        if ptx_dataset is None:
+            raise UsageError("this algorithm has a term on ptx rows: give ptx_dataset= demonstrations.")
+        ptx, _ = tokenise(load_dataset(ptx_dataset, **reading_of(settings)), tokenizer, "completions", **reading)
+    moving = isinstance(stage.reference, Moving)
+    if moving and (policy.adapter is not None or anchor is not None):
+        raise UsageError("a moving reference follows a fully trained policy from its start: no lora, no reference=.")
+    reference = None
+    if REFERENCE in stage.needs:
+        live = stage.on_policy or stage.prelude is not None
+        reference = clone(policy) if moving else anchor or reference_of(policy, live=live)
+        if not stage.on_policy and not moving:
+            # Offline rows never change, so neither do their reference log-probabilities: once, before any step.
+            known = [samples] if held is None else [samples, held]
+            budget, precision, cache = settings.tokens_per_batch, settings.precision, settings.cache_dir
+            known = [
+                rows.with_tokens(ref_logps=cached_logps(reference, rows, budget, device, cache, precision))
+                for rows in known
+            ]
+            samples, held = known[0], (known[1] if held is not None else None)
+    scorer = new_scorer(policy, stage.pooling).to(device) if REWARD in stage.trains else None  # type: ignore[arg-type]
+    critic: Scorer | None = None
+    if CRITIC in stage.needs:
+        if stage.critic_from != REWARD:
+            critic = new_critic(policy)
+        elif isinstance(reward, ModelReward):
+            critic = critic_of(reward.scorer, adapter_of(settings))
+        else:
+            raise UsageError("critic_from='reward' needs a reward model with the policy's tokenizer as the reward.")
+        critic.to(device)
+    engine = Engine(
+        stage, settings, tokenizer=tokenizer, policy=policy, data=samples, ptx=ptx, reward=reward,
+        reference=reference, scorer=scorer, critic=critic, log=log,
+    )  # fmt: skip
+    return engine, held
