@@ -26,6 +26,17 @@ Imports = Annotated[
     list[Path],
     typer.Option("--import", metavar="FILE.py", help="a file of yours that registers losses or algorithms; repeatable"),
 ]
+Settings = Annotated[list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="any option; repeatable")]
+Columns = Annotated[
+    str | None,
+    typer.Option(metavar="OURS=THEIRS,...", help="what the data calls our columns: chosen=good,rejected=bad"),
+]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")]
+TopP = Annotated[float, typer.Option(help="smallest set of tokens with this much probability")]
+NewTokens = Annotated[int, typer.Option(min=1, help="limit of an answer, in tokens")]
+Seed = Annotated[int, typer.Option(help="of the sampling")]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a model on the hub")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -113,8 +124,12 @@ def train(
         str | None, typer.Option(help="model folder, hub id, or 'tiny': small, with random weights")
     ] = None,
     dataset: Annotated[
-        Path | None, typer.Option(help="JSON Lines (.gz) of pairs, rated or demonstrated answers, prompts")
+        list[str] | None, typer.Option(help="file (JSON, CSV, Parquet, Arrow), folder or hub id; repeatable")
     ] = None,
+    eval_dataset: Annotated[
+        list[str] | None, typer.Option(help="rows or prompts to evaluate on (or --eval-split 0.05)")
+    ] = None,
+    columns: Columns = None,
     output_dir: Annotated[Path | None, typer.Option(help="new folder for the result (default: runs/NAME)")] = None,
     max_steps: Annotated[
         int | None, typer.Option(help="optimizer steps; rollout steps where samples are drawn")
@@ -124,15 +139,15 @@ def train(
         typer.Option(help="reward-model folder, verifier (exact, numeric) or my_file.py:function; repeated: their sum"),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="model that is the anchor (default: the start model)")] = None,
-    ptx_dataset: Annotated[Path | None, typer.Option(help="demonstrations for ppo --ptx")] = None,
+    ptx_dataset: Annotated[str | None, typer.Option(help="demonstrations for ppo --ptx")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="hub repository for the result")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything that is random")] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE.yaml", help="the same keys as here, with underscores; options win over it"),
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="any option; repeatable")
-    ] = None,
+    from_trl: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="a configuration of a TRL trainer")] = None,
+    settings: Settings = None,
     imports: Imports = [],  # noqa: B006
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress, only the result")] = False,
 ) -> None:
@@ -145,10 +160,96 @@ def train(
 
     words = [*([] if name is None else [name]), *context.args]
     given = {
-        "model": model, "dataset": dataset, "output_dir": output_dir, "max_steps": max_steps, "reward": reward,
-        "reference": reference, "ptx_dataset": ptx_dataset, "seed": seed,
+        "model": model, "dataset": dataset, "eval_dataset": eval_dataset, "columns": columns, "output_dir": output_dir,
+        "max_steps": max_steps, "reward": reward, "reference": reference, "ptx_dataset": ptx_dataset,
+        "push_to_hub": push_to_hub, "seed": seed,
     }  # fmt: skip
-    training.train(words, given, config, settings or [], imports, quiet)
+    training.train(words, given, config, from_trl, settings or [], imports, quiet)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def doctor(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="algorithm of the dry run")] = None,
+    model: Annotated[str | None, typer.Option(help="your model")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="your data")] = None,
+    columns: Columns = None,
+    reward: Annotated[list[str] | None, typer.Option(help="your reward")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="as for prefzoo train")] = None,
+    from_trl: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="as for prefzoo train")] = None,
+    settings: Settings = None,
+    imports: Imports = [],  # noqa: B006
+) -> None:
+    """What this machine has; and, with an algorithm, a model and data, two steps on eight rows before long work.
+
+    Takes the options of 'prefzoo train'. Nothing is written.
+    """
+    from prefzoo.cli import doctor
+
+    words = [*([] if name is None else [name]), *context.args]
+    given = {"model": model, "dataset": dataset, "columns": columns, "reward": reward}
+    doctor.examine(words, given, config, from_trl, settings or [], imports)
+
+
+@app.command()
+def data(
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="file, folder or hub id; repeatable")],
+    model: Annotated[str | None, typer.Option(help="model whose tokenizer reads it; none: text only")] = None,
+    algorithm: Annotated[str | None, typer.Option("--for", metavar="NAME", help="as this algorithm reads it")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
+    columns: Columns = None,
+    max_length: Annotated[int, typer.Option(min=1, help="limit of prompt + completion, in tokens")] = 1024,
+    loss_on: Annotated[str | None, typer.Option(help="completion, assistant or all")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="stop at the first faulty row")] = False,
+) -> None:
+    """What a data set is: its type, its faults, its lengths, and rows with the tokens that carry the loss."""
+    from prefzoo.cli import data as shown
+
+    shown.show_data(files, model, algorithm, examples, columns, max_length, loss_on, strict)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="run or model folder, adapter, hub id")],
+    prompt: Annotated[list[str] | None, typer.Option(help="a prompt; repeatable")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="a data set with prompts")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="write the answers there")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="answers per prompt")] = 1,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    max_new_tokens: NewTokens = 256,
+    seed: Seed = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Answers of a model to prompts; without prompts they are read from standard input, one a line."""
+    from prefzoo.cli import generation
+    from prefzoo.rollout import Sampling
+
+    loading = {"revision": revision, "trust_remote_code": trust_remote_code}
+    generation.generate(
+        model, prompt or [], prompts, out, n, Sampling(temperature, top_p, max_new_tokens), seed, loading
+    )
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="run or model folder, adapter, hub id")],
+    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    max_new_tokens: NewTokens = 256,
+    seed: Seed = 0,
+    chat_template: Annotated[str | None, typer.Option(help="'chatml' or a Jinja file")] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Talk with a model."""
+    from prefzoo.cli import generation
+    from prefzoo.rollout import Sampling
+
+    loading = {"chat_template": chat_template, "revision": revision, "trust_remote_code": trust_remote_code}
+    generation.chat(model, system, Sampling(temperature, top_p, max_new_tokens), seed, loading)
 
 
 @app.command()

@@ -18,7 +18,7 @@ from prefzoo.parts.feedback import Verifier
 from prefzoo.parts.roles import POLICY, REWARD
 from prefzoo.plugins import import_file
 from prefzoo.records import Values
-from prefzoo.registry import Entry, UsageError, suggest
+from prefzoo.registry import Entry, UsageError, prefix_of, suggest
 from prefzoo.training.config import ONLY_DATASET, TrainConfig
 
 KINDS = ("algorithms", "losses")
@@ -63,8 +63,7 @@ def show_card(name: str, as_loss: bool, imports: Iterable[Path], as_json: bool) 
     if as_loss or _is_term_only(name):
         facts = loss_facts(LOSSES.entry(name).name, whole=True)
     elif name not in ALGORITHMS and name not in LOSSES:
-        known = sorted({*list_algorithms(), *LOSSES.names()})
-        raise UsageError(f"no algorithm or loss {name!r}{suggest(name, known)} Registered: {', '.join(known)}.")
+        raise ALGORITHMS.unknown(name, sorted({*list_algorithms(f"{prefix_of(name)}*"), *LOSSES.names()}))
     else:
         facts = algorithm_facts(algorithm_entry(name).name, whole=True)
     if as_json:
@@ -153,6 +152,28 @@ def _print_card(facts: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
+    for key, value in _rows(facts).items():
+        table.add_row(key, _plain(value))
+    table.add_row("source", facts["file"] or "unknown")
+    console.print(table)
+
+
+def card_page(facts: dict[str, Any]) -> str:
+    """The same card as a page of the documentation, in Markdown; the docstring comes through mkdocstrings."""
+    function = inspect.unwrap((LOSSES if facts["kind"] == "loss" else ALGORITHMS).entry(facts["name"]).function)
+    rows = "".join(f"| {key} | {_cell(value)} |\n" for key, value in _rows(facts).items())
+    also = f" (also {', '.join(facts['aliases'])})" if facts["aliases"] else ""
+    paper = f" · {facts['paper']}" if facts["paper"] else ""
+    head = f"# {facts['name']}\n\n{facts['kind'].capitalize()}{also}{paper}\n\n| | |\n|---|---|\n{rows}"
+    return f"{head}\n::: {function.__module__}.{function.__qualname__}\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(f"`{word}`" for word in text.replace("|", "\\|").splitlines()) if text else "–"
+
+
+def _rows(facts: dict[str, Any]) -> dict[str, str]:
+    """What a card says beside the docstring."""
     rows = {"options": _settings(facts["options"]) or "none"}
     if facts["kind"] == "algorithm":
         rows |= {
@@ -169,11 +190,7 @@ def _print_card(facts: dict[str, Any]) -> None:
             "mean over": facts["count"],
             "needs": ", ".join(facts["needs"]) or "nothing more",
         }
-    rows["source"] = facts["file"] or "unknown"
-    for key, value in rows.items():
-        if value:
-            table.add_row(key, _plain(value))
-    console.print(table)
+    return {key: value for key, value in rows.items() if value}
 
 
 def _settings(values: dict[str, Any], marked: Iterable[str] = ()) -> str:

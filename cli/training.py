@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,52 +10,114 @@ from typing import Any
 import yaml
 
 from prefzoo.algorithm import algorithm_entry
+from prefzoo.algos.trl import read_trl_config
 from prefzoo.plugins import import_file, import_function, names_function
 from prefzoo.registry import UsageError, suggest
 from prefzoo.training import TrainConfig
 from prefzoo.training import train as train_algorithm
+from prefzoo.yaml_numbers import Numbers, read_yaml
 
 # What train() takes beside options of the algorithm and of the training.
-ARGUMENTS = ("model", "dataset", "output_dir", "reward", "reference", "ptx_dataset")
+ARGUMENTS = (
+    "model", "dataset", "output_dir", "reward", "reward_weights", "reference", "ptx_dataset", "eval_dataset",
+    "push_to_hub",
+)  # fmt: skip
 
 
 def train(
     words: Sequence[str],
     given: Mapping[str, Any],
     config: Path | None,
+    from_trl: Path | None,
     settings: Sequence[str],
     imports: Iterable[Path],
     quiet: bool,
 ) -> None:
-    """Train, then say where the result is. Later layers win: the file, ``--key value``, ``-s key=value``."""
+    """Train, then say where the result is."""
+    name, merged = read_all(words, given, config, from_trl, settings, imports)
+    merged.setdefault("output_dir", Path("runs") / name.replace(":", "-"))
+    run = train_algorithm(name, quiet=quiet, **merged)
+    for row in (
+        next((r for r in reversed(run.history) if "learning_rate" in r), None),
+        next((r for r in reversed(run.history) if any(k.startswith("eval/") for k in r)), None),
+    ):
+        if row is not None:
+            print("  ".join(f"{key} {value:.6g}" for key, value in row.items() if key != "time"))
+    if run.best is not None:
+        print(f"best {run.best['metric']} {run.best['value']:.6g} after step {run.best['step']}")
+    print(f"{run.spent.optimizer_steps} optimizer steps in {run.spent.seconds:.1f} s")
+    print(f"the result is in {merged['output_dir']}/final")
+
+
+def read_all(
+    words: Sequence[str],
+    given: Mapping[str, Any],
+    config: Path | None,
+    from_trl: Path | None,
+    settings: Sequence[str],
+    imports: Iterable[Path],
+) -> tuple[str, dict[str, Any]]:
+    """The algorithm's name and everything that was said. Later layers win: files, ``--key value``, ``-s key=value``."""
     for file in imports:
         import_file(file)
     name, free = read_words(words)
-    merged = read_config(config) if config is not None else {}
-    merged |= {k: v for k, v in given.items() if v is not None} | free | read_settings(settings)
-    for file in _listed(merged.pop("import", [])):
+    said = {k: v for k, v in given.items() if v is not None} | free | read_settings(settings)
+    if config is not None:
+        said = read_config(config) | said
+    for file in listed(said.pop("import", [])):
         import_file(file)
-    name = name or merged.pop("algorithm", None)
-    merged.pop("algorithm", None)
+    name = name or said.get("algorithm")
+    said.pop("algorithm", None)
+    if from_trl is not None:
+        name, merged = read_trl(from_trl, name, said)
+    else:
+        merged = said
     if not name:
         raise UsageError("which algorithm? prefzoo train NAME ...; 'prefzoo list' shows the names.")
-    known = [*ARGUMENTS, *algorithm_entry(name).options, *TrainConfig.model_fields]
+    entry = algorithm_entry(name)
+    known = [*ARGUMENTS, "config", *entry.options, *TrainConfig.model_fields]
     for key in merged:
-        if key not in known:
+        if key not in known and "spelling" not in entry.tags:  # trl: names know more words, and check them
             raise UsageError(f"neither algorithm {name!r} nor training has an option {key!r}{suggest(key, known)}")
     if merged.get("model") is None:
         raise UsageError("which model? --model FOLDER, a hub id, or 'tiny' for a small one with random weights.")
     if "reward" in merged:
-        rewards = [import_function(r) if names_function(r) else r for r in _listed(merged["reward"])]
+        rewards = [import_function(r) if names_function(r) else r for r in listed(merged["reward"])]
         merged["reward"] = rewards[0] if len(rewards) == 1 else rewards
-    merged.setdefault("output_dir", Path("runs") / name)
-    run = train_algorithm(name, quiet=quiet, **merged)
-    if run.history:
-        last = {k: v for k, v in run.history[-1].items() if k != "time"}
-        print("  ".join(f"{key} {value:.6g}" for key, value in last.items()))
-    spent = run.spent
-    print(f"{spent.optimizer_steps} optimizer steps in {spent.seconds:.1f} s")
-    print(f"the result is in {merged['output_dir']}/final")
+    if isinstance(merged.get("columns"), str):
+        merged["columns"] = read_columns(merged["columns"])
+    for key in ("dataset", "eval_dataset"):
+        if isinstance(merged.get(key), list) and len(merged[key]) == 1:
+            merged[key] = merged[key][0]
+    return name, merged
+
+
+def read_trl(file: Path, name: str | None, said: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A TRL configuration in our words; what maps, what has no effect and what is refused is printed.
+
+    What was said beside the file wins over it: our arguments as they are, the rest by TRL's names.
+    """
+    ours = {k: v for k, v in said.items() if k in ARGUMENTS}
+    translated = read_trl_config(file, name, {k: v for k, v in said.items() if k not in ours})
+    for line in translated.lines():
+        print(line, file=sys.stderr)
+    translated.check()
+    return translated.algorithm, {**translated.call(), **ours}
+
+
+def read_columns(text: str) -> dict[str, str]:
+    """``--columns``: what the data calls our columns.
+
+    >>> read_columns("chosen=good,rejected=bad")
+    {'chosen': 'good', 'rejected': 'bad'}
+    """
+    out = {}
+    for pair in text.split(","):
+        ours, equals, theirs = pair.partition("=")
+        if not equals or not ours.strip() or not theirs.strip():
+            raise UsageError(f"--columns {text!r}: expected OURS=THEIRS, such as chosen=good,rejected=bad.")
+        out[ours.strip()] = theirs.strip()
+    return out
 
 
 def read_words(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
@@ -98,17 +160,7 @@ def read_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A YAML file of options."""
-    try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=Numbers)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config {str(path)!r} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"config {str(path)!r} is not YAML: {' '.join(str(error).split())}.") from error
-    if found is None:
-        return {}
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise UsageError(f"config {str(path)!r}: expected lines of the form 'key: value'.")
-    return {_key(key): value for key, value in found.items()}
+    return {_key(key): value for key, value in read_yaml(path).items()}
 
 
 def read_value(text: str) -> Any:
@@ -123,18 +175,9 @@ def read_value(text: str) -> Any:
         return text
 
 
-class Numbers(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number: version 1.1, which the library reads, asks for a point in it."""
-
-
-Numbers.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789")
-)
-
-
 def _key(text: str) -> str:
     return text.replace("-", "_")
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]

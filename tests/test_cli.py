@@ -93,7 +93,7 @@ def test_version(command):
 def test_the_installed_command_is_this_one():
     result = subprocess.run([Path(sys.executable).parent / "prefzoo", "show", "dop"], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: no algorithm or loss 'dop'; did you mean 'dpo'?")
+    assert result.stderr.startswith("error: no algorithm 'dop'; did you mean 'dpo'?")
     assert result.stdout == "" and "Traceback" not in result.stderr
 
 
@@ -229,7 +229,7 @@ def test_a_loss_from_a_users_file_is_listed_shown_and_trained(command, pairs, tm
         (["dpo", "--import", "absent.py"], "no such file"),
         (["rlvr"], "needs a reward"),
         (["rlvr", "--reward", "exakt"], "did you mean 'exact'?"),
-        (["grpo", "--epochs", "2"], "'epochs' has no effect on 'grpo'"),
+        (["grpo", "--rows-per-step", "2"], "'rows_per_step' has no effect on 'grpo'"),
         ([], "which algorithm?"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
