@@ -3,10 +3,11 @@
 from prefzoo.algorithm import Algorithm, register_algorithm
 from prefzoo.losses import create_loss
 from prefzoo.parts.source import DatasetRows
+from prefzoo.registry import Positive
 
 
 @register_algorithm(paper="arXiv:2305.18290", recommended={"learning_rate": 1e-6})
-def dpo(*, beta: float = 0.1) -> Algorithm:
+def dpo(*, beta: Positive = 0.1) -> Algorithm:
     """Direct preference optimization: the Bradley-Terry likelihood of the pairs under the policy's own implicit reward.
 
         loss = - log sigmoid(beta (log pi(y_w)/ref(y_w) - log pi(y_l)/ref(y_l)))

@@ -3,10 +3,11 @@
 from prefzoo.algorithm import Algorithm, register_algorithm
 from prefzoo.losses import create_loss
 from prefzoo.parts.source import DatasetRows
+from prefzoo.registry import Positive
 
 
 @register_algorithm(paper="arXiv:2310.12036", recommended={"learning_rate": 1e-6})
-def ipo(*, beta: float = 0.1) -> Algorithm:
+def ipo(*, beta: Positive = 0.1) -> Algorithm:
     """Identity preference optimization, per token: regress the difference of mean log-ratios on 1 / (2 beta).
 
         loss = (mean_t log pi/ref (y_w) - mean_t log pi/ref (y_l) - 1 / (2 beta))^2

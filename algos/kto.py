@@ -4,12 +4,13 @@ from prefzoo.algorithm import Algorithm, register_algorithm
 from prefzoo.losses import create_loss
 from prefzoo.parts.prelude import RotatedBaseline
 from prefzoo.parts.source import DatasetRows
+from prefzoo.registry import Positive
 
 
 @register_algorithm(paper="arXiv:2402.01306", recommended={"learning_rate": 1e-6, "rows_per_step": 64})
 def kto(
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     baseline_rows: int | None = None,

@@ -17,7 +17,7 @@ from prefzoo.parts.feedback import MaskTruncated, Reward
 from prefzoo.parts.prelude import RotatedBaseline
 from prefzoo.parts.reference import Moving, Start
 from prefzoo.parts.source import DatasetRows, Rollouts
-from prefzoo.registry import UsageError, suggest
+from prefzoo.registry import Positive, UsageError, suggest
 
 # What TRL has under a name and we do not, with the nearest that is here.
 ABSENT: dict[str, str] = {
@@ -104,7 +104,7 @@ def trl_dpo(
     *,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     label_smoothing: float = 0.0,
     sync_ref_model: bool = False,
     ref_model_mixup_alpha: float = 0.6,
@@ -165,7 +165,7 @@ def trl_dpo(
 )  # fmt: skip
 def trl_ipo(
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     sync_ref_model: bool = False,
     ref_model_mixup_alpha: float = 0.6,
     ref_model_sync_steps: int = 512,
@@ -199,7 +199,7 @@ def trl_ipo(
 def trl_kto(
     *,
     loss_type: str = "kto",
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     sync_ref_model: bool = False,

@@ -16,12 +16,15 @@ import torch
 from prefzoo.benchmarks import statistics
 from prefzoo.data.formats import convert, load_dataset
 from prefzoo.data.samples import Samples
+from prefzoo.data.tokens import encode_prompts
 from prefzoo.feedback import resolve_reward
 from prefzoo.generation import sample, texts
+from prefzoo.models.causal import open_config
+from prefzoo.models.load import load_tokenizer
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Sampling
 from prefzoo.training import Run
-from prefzoo.training.run import load_run_policy
+from prefzoo.training.run import load_run_policy, run_model
 
 PairJudge = Callable[[list[str], list[str], list[str]], Sequence[float]]
 
@@ -33,6 +36,7 @@ class Comparison:
     names: tuple[str, ...]
     pairs: list[dict[str, Any]]
     answers: Mapping[str, list[str]] = field(repr=False)
+    left_out: int = 0  # prompts that leave a model no room for an answer
 
     def __str__(self) -> str:
         from rich.box import SIMPLE_HEAD
@@ -47,6 +51,8 @@ class Comparison:
             flips = "–" if p["order_flips"] is None else f"{100 * p['order_flips']:.1f}"
             table.add_row(p["a"], p["b"], interval, f"{p['p_holm']:.2g}", f"{100 * p['ties']:.1f}", flips, p["verdict"])
         console.print(table)
+        if self.left_out:
+            console.print(f"{self.left_out} prompts left out: too long for one of the models with its answer.")
         return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -78,6 +84,11 @@ def compare(
         raise UsageError("compare needs at least two models.")
     found = convert(load_dataset(prompts), "prompt").rows
     rows = list({json.dumps(r, sort_keys=True, default=str): r for r in found}.values())
+    found = rows
+    for model in named.values():
+        rows = _answerable(model, rows, max_new_tokens)
+    if not rows:
+        raise UsageError(f"none of the {len(found)} prompts leaves every model room for {max_new_tokens} new tokens.")
     answered = {
         n: _answer(m, rows, samples, Sampling(temperature, max_new_tokens=max_new_tokens), seed)
         for n, m in named.items()
@@ -103,7 +114,7 @@ def compare(
     for row, (table, _), p in zip(pairs, tests, adjusted, strict=True):
         gap = statistics.difference(table, 1 - table, paired_seeds=True, clusters=clusters)
         row |= {"p_holm": float(p), "verdict": statistics.verdict(gap, float(p))}
-    return Comparison(tuple(named), pairs, words)
+    return Comparison(tuple(named), pairs, words, left_out=len(found) - len(rows))
 
 
 class pairwise:
@@ -134,6 +145,21 @@ def _name(model: Any) -> str:
         return model.algorithm
     path = Path(model)
     return path.parent.name if path.name == "final" else path.name
+
+
+def _answerable(model: Any, rows: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
+    """The rows whose prompts leave the model room for an answer, found without loading its weights."""
+    if isinstance(model, Run):
+        assert model.policy is not None, "compare needs policies, not reward models"
+        tokenizer, config = model.tokenizer, model.policy.model.config
+    else:
+        folder = run_model(model)
+        tokenizer, config = load_tokenizer(folder), open_config(folder)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return rows
+    ids = encode_prompts(tokenizer, [row["prompt"] for row in rows])
+    return [row for row, prompt in zip(rows, ids, strict=True) if len(prompt) + max_new_tokens <= positions]
 
 
 def _answer(model: Any, rows: list[dict[str, Any]], n: int, sampling: Sampling, seed: int) -> tuple[Samples, Any]:

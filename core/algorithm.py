@@ -252,6 +252,8 @@ def _of_loss(entry: Entry, options: dict[str, Any]) -> Algorithm:
 
 def algorithm_entry(name: str) -> Entry:
     """The entry behind an algorithm's name: a composition, or a loss."""
+    if not isinstance(name, str):
+        raise UsageError(f"algorithm: expected a name or an Algorithm, got {type(name).__name__}.")
     if name not in ALGORITHMS and name in LOSSES:
         return LOSSES.entry(name)
     if name not in ALGORITHMS:

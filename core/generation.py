@@ -48,6 +48,8 @@ def generate(
     """
     if isinstance(prompts, str):
         raise UsageError("prompts is one string; give a list of prompts.")
+    if n < 1:
+        raise UsageError(f"n={n}: give at least one answer per prompt.")
     policy, words = resolve_policy(model, tokenizer)
     rows = [{"prompt": p} for p in prompts]
     answers = texts(sample(policy, words, rows, n, Sampling(temperature, top_p, max_new_tokens), seed), words)
@@ -66,6 +68,8 @@ def resolve_policy(
     if isinstance(model, str | Path):
         policy, words = load_run_policy(model, **loading)
         return policy.to(device), tokenizer or words
+    if not isinstance(model, PreTrainedModel | Policy) and not hasattr(model, "peft_config"):
+        raise UsageError(f"model: expected a folder, a hub id or a loaded model, got {type(model).__name__}.")
     if tokenizer is None:
         where = getattr(getattr(model, "config", None), "_name_or_path", None)
         if not where:

@@ -62,7 +62,7 @@ class Entry:
 
     def check_options(self, options: Mapping[str, Any], kind: str) -> None:
         """Refuse an option that the function does not have, or a value that its annotation does not allow."""
-        hints = typing.get_type_hints(self.function)
+        hints = typing.get_type_hints(self.function, include_extras=True)
         for key, value in options.items():
             if key not in self.options:
                 raise UsageError(
@@ -70,7 +70,7 @@ class Entry:
                     f"Its options: {', '.join(self.options) or 'none'}."
                 )
             if key in hints and not _allows(hints[key], value):
-                wanted = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
+                wanted = _words(hints[key])
                 raise UsageError(f"{kind} {self.name!r}, option {key!r}: expected {wanted}, got {value!r}.")
 
     def source_hash(self) -> str:
@@ -188,8 +188,20 @@ def prefixed(names: Iterable[str], prefix: str) -> list[str]:
     return [name for name in names if prefix_of(name) == prefix]
 
 
+ABOVE_0 = "above 0"
+Positive = typing.Annotated[float, ABOVE_0]  # of an option of a loss or an algorithm
+
+
+def _words(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Annotated:
+        return f"{hint.__origin__.__name__} {hint.__metadata__[0]}"
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
 def _allows(hint: Any, value: Any) -> bool:
     """Whether a value fits an annotation of plain types, literals and unions; other annotations allow anything."""
+    if typing.get_origin(hint) is typing.Annotated:
+        return _allows(hint.__origin__, value) and (ABOVE_0 not in hint.__metadata__ or value > 0)
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefzoo.losses.base import register_loss
 from prefzoo.records import LossOut, Pairs
+from prefzoo.registry import Positive
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def pair_metrics(batch: Pairs, beta: float) -> dict[str, Tensor]:
 
 
 @register_loss(paper="arXiv:2305.18290")
-def dpo(batch: Pairs, *, beta: float = 0.1) -> LossOut:
+def dpo(batch: Pairs, *, beta: Positive = 0.1) -> LossOut:
     """Direct preference optimization: a classifier of pairs whose logit is the difference of implicit rewards.
 
         loss = -log σ(β (s_w - s_l))
@@ -60,7 +61,7 @@ def dpo(batch: Pairs, *, beta: float = 0.1) -> LossOut:
 
 
 @register_loss(paper="arXiv:2310.12036")
-def ipo(batch: Pairs, *, beta: float = 0.1) -> LossOut:
+def ipo(batch: Pairs, *, beta: Positive = 0.1) -> LossOut:
     """Identity preference optimization, per token: regress the difference of mean log-ratios on 1 / (2 β).
 
         loss = (s_w / n_w - s_l / n_l - 1 / (2 β))²
@@ -93,7 +94,7 @@ def ipo(batch: Pairs, *, beta: float = 0.1) -> LossOut:
 
 
 @register_loss(paper="arXiv:2310.12036")
-def ipo_sum(batch: Pairs, *, beta: float = 0.1) -> LossOut:
+def ipo_sum(batch: Pairs, *, beta: Positive = 0.1) -> LossOut:
     """Identity preference optimization, as in the paper: regress the difference of summed log-ratios on 1 / (2 β).
 
         loss = (s_w - s_l - 1 / (2 β))²

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prefzoo.losses.base import register_loss
 from prefzoo.records import LossOut, Unpaired
-from prefzoo.registry import UsageError
+from prefzoo.registry import Positive, UsageError
 
 
 def kto_baseline(ratio_B: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def kto_baseline(ratio_B: Tensor) -> Tensor:
 
 @register_loss(paper="arXiv:2402.01306", extras=("baseline",))
 def kto(
-    batch: Unpaired, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+    batch: Unpaired, *, beta: Positive = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> LossOut:
     """Kahneman-Tversky optimization: push single completions above or below a reference point, with saturating value.
 

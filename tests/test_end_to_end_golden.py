@@ -22,8 +22,8 @@ import prefzoo
 from prefzoo.algorithm import Algorithm, create_algorithm
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.data.tokens import encode_sides, tokenise
-from prefzoo.losses import create_loss
 from prefzoo.feedback import RewardSource
+from prefzoo.losses import create_loss
 from prefzoo.models.load import load_policy, load_scorer, load_tokenizer
 from prefzoo.models.reference import token_scores
 from prefzoo.models.tree import TreeBatch

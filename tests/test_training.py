@@ -1,4 +1,4 @@
-"""While training and afterwards: evaluation, the best model, early stopping, steps, trackers, curves, cards, the hub."""
+"""While training and afterwards: evaluation, the best model, steps, trackers, curves, cards, the hub."""
 
 import json
 import math
@@ -23,7 +23,14 @@ PAIRS = [
     for a in range(8)
     for b in range(8)
 ]
-QUICK = {"model": "tiny", "quiet": True, "learning_rate": 1e-3, "warmup_steps": 0, "rows_per_step": 16, "logging_steps": 1}
+QUICK = {
+    "model": "tiny",
+    "quiet": True,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "rows_per_step": 16,
+    "logging_steps": 1,
+}
 SAMPLED = {k: v for k, v in QUICK.items() if k != "rows_per_step"} | {
     "prompts_per_step": 4, "group_size": 4, "max_new_tokens": 6, "reward": lambda completions, **_: [
         float(len(c) % 3) for c in completions
@@ -57,7 +64,9 @@ def test_evaluation_is_the_training_loss_of_the_same_rows(name, budget):
 
 
 def test_evaluations_come_at_the_start_every_n_steps_and_at_the_end(tmp_path):
-    run = prefzoo.train("dpo", dataset=PAIRS, eval_split=0.25, eval_steps=2, max_steps=5, output_dir=tmp_path / "a", **QUICK)
+    run = prefzoo.train(
+        "dpo", dataset=PAIRS, eval_split=0.25, eval_steps=2, max_steps=5, output_dir=tmp_path / "a", **QUICK
+    )
     rows = metrics(tmp_path / "a")
     assert [r["step"] for r in rows if "eval/loss" in r] == [0, 2, 4, 5]
     start = next(r for r in rows if "eval/loss" in r)
@@ -100,7 +109,13 @@ def test_the_best_model_is_the_one_of_the_best_evaluation(tmp_path):
     start = prefzoo.train("sft", model="tiny", dataset=PAIRS, max_steps=1, learning_rate=1e-3, quiet=True)
     wanted = {"dataset": PAIRS, "eval_split": 0.25}
     run = prefzoo.train(
-        "sft", output_dir=folder, best_metric="loss", eval_steps=2, epochs=20, **wanted, **quick | {"model": start.model, "tokenizer": start.tokenizer}
+        "sft",
+        output_dir=folder,
+        best_metric="loss",
+        eval_steps=2,
+        epochs=20,
+        **wanted,
+        **quick | {"model": start.model, "tokenizer": start.tokenizer},
     )
     losses = {r["step"]: r["eval/loss"] for r in run.history if "eval/loss" in r}
     assert run.best is not None and run.best["metric"] == "eval/loss"
@@ -214,8 +229,9 @@ def test_the_card_says_how_the_model_was_made(finished):
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     record = json.loads((folder / "run.json").read_text())
-    for fact in ("`beta=0.3`", "`learning_rate=0.001`", record["data"]["hash"], "1 dropped: chosen and rejected are identical",
-                 record["sources"]["dpo"], f"torch={torch.__version__}", f"{run.spent.trained_tokens:,} trained tokens"):  # fmt: skip
+    facts = ["`beta=0.3`", "`learning_rate=0.001`", "1 dropped: chosen and rejected are identical"]
+    facts += [f"torch={torch.__version__}", record["data"]["hash"], record["sources"]["dpo"]]
+    for fact in [*facts, f"{run.spent.trained_tokens:,} trained tokens"]:
         assert fact in body, fact
     assert "AutoModelForCausalLM" in body
 
@@ -271,7 +287,7 @@ def test_push_to_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(output, "HfApi", Hub)
     prefzoo.train("sft", dataset=PAIRS, max_steps=1, output_dir=tmp_path / "a", push_to_hub="me/model", **QUICK)
     assert calls[0] == "me/model" and {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= calls[1]
-    with pytest.raises(UsageError, match="403 Forbidden.*upload it later"):
+    with pytest.raises(UsageError, match=r"403 Forbidden.*upload it later"):
         prefzoo.train("sft", dataset=PAIRS, max_steps=1, output_dir=tmp_path / "b", push_to_hub="me/refused", **QUICK)
     assert (tmp_path / "b" / "final" / "config.json").exists() and (tmp_path / "b" / "run.json").exists()
     with pytest.raises(UsageError, match="output_dir"):
@@ -281,7 +297,9 @@ def test_push_to_hub(monkeypatch, tmp_path):
 def test_trackers_get_the_metrics(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = tmp_path / "a"
-    run = prefzoo.train("dpo", dataset=PAIRS, max_steps=3, eval_split=0.2, report_to=["tensorboard"], output_dir=folder, **QUICK)
+    run = prefzoo.train(
+        "dpo", dataset=PAIRS, max_steps=3, eval_split=0.2, report_to=["tensorboard"], output_dir=folder, **QUICK
+    )
     events = accumulator.EventAccumulator(str(folder / "dpo"))
     events.Reload()
     losses = [e.value for e in events.Scalars("loss")]

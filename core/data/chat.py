@@ -132,7 +132,8 @@ def render(tokenizer: PreTrainedTokenizerBase, row: Row, messages: Sequence[Row]
     """Messages as the chat template writes them, with the row's tools and template arguments."""
     if tokenizer.chat_template is None:
         raise UsageError(
-            "the data holds messages, but the tokenizer has no chat template; set tokenizer.chat_template."
+            "the data holds messages, but the tokenizer has no chat template; set chat_template='chatml' or a Jinja "
+            "file, or tokenizer.chat_template."
         )
     arguments = {**row.get("chat_template_kwargs", {}), "tools": row.get("tools"), **flags}
     try:

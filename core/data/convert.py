@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
-from prefzoo.data.rows import ANSWERS, Dataset, DataType, Passes, Report, Row, digest
+from prefzoo.data.rows import ANSWERS, Dataset, DataType, Passes, Report, Row, digest, lookalikes
 from prefzoo.registry import UsageError
 
 Give = Callable[[Row, Report], Iterable[Row]]  # the rows made from one, and what is to be counted
@@ -168,7 +168,8 @@ def convert(data: Dataset, to: DataType) -> Dataset:
     first, *then = steps
     if first is None:
         raise UsageError(
-            f"data {data.report.source} is of type {data.type}; it cannot become {to}. "
+            f"data {data.report.source} is of type {data.type}{lookalikes(next(iter(data), {}))}; it cannot become "
+            f"{to}. "
             f"Types that can: {', '.join(can_become(to))}."
         )
 

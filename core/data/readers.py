@@ -77,7 +77,8 @@ def sources_of(source: Any) -> list[DataSource]:
 
 
 def _is_source(first: Mapping[str, Any]) -> bool:
-    return "path" in first and set(first) <= {f.name for f in fields(DataSource)}
+    known = set(first) <= {f.name for f in fields(DataSource)}
+    return "path" in first and (known or (isinstance(first["path"], str) and Path(first["path"]).exists()))
 
 
 def open_source(source: DataSource, streaming: bool) -> tuple[str, Read]:
@@ -225,7 +226,8 @@ def _file(path: Path, streaming: bool) -> Iterator[Row]:
     try:
         yield from rows
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"data {str(path)!r} cannot be read: {error}.") from error
+        known = "" if kind else f" Known kinds of files: {', '.join(FILES)}."
+        raise UsageError(f"data {str(path)!r} cannot be read: {error}.{known}") from error
 
 
 def _text(path: Path, newline: str) -> IO[str]:
@@ -277,8 +279,9 @@ def _csv(path: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default refuses long texts
     with _text(path, "") as file:
         for number, cells in enumerate(csv.DictReader(file, delimiter=delimiter, strict=True), 1):
-            if None in cells:
-                raise UsageError(f"data {str(path)!r}, row {number}: more cells than the header has columns.")
+            if None in cells or None in cells.values():
+                more = "more" if None in cells else "fewer"
+                raise UsageError(f"data {str(path)!r}, row {number}: {more} cells than the header has columns.")
             yield Cells(cells)
 
 

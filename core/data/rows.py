@@ -160,15 +160,19 @@ def detect(name: str, row: Row) -> DataType:
     for kind, needed in SHAPES:
         if needed_in(needed, row):
             return kind
-    known = {column for _, needed in SHAPES for column in needed}
-    others = [str(have) for have in row if have not in known]
-    hints = [f"{have!r} looks like {near!r}" for have in others if (near := OFTEN.get(have) or nearest(have, known))]
     raise UsageError(
-        f"data {name}: columns {', '.join(sorted(map(str, row)))} fit no known type"
-        f"{' (' + '; '.join(hints) + ')' if hints else ''}. Expected one of: "
+        f"data {name}: columns {', '.join(sorted(map(str, row)))} fit no known type{lookalikes(row)}. Expected one of: "
         + "; ".join(f"{kind} ({', '.join(needed)})" for kind, needed in SHAPES)
         + ". Columns of other names: columns={'prompt': 'question', ...}."
     )
+
+
+def lookalikes(row: Row) -> str:
+    """Columns that may be ours misspelled, in brackets; or nothing."""
+    known = {column for _, needed in SHAPES for column in needed}
+    others = [str(have) for have in row if have not in known]
+    hints = [f"{have!r} looks like {near!r}" for have in others if (near := OFTEN.get(have) or nearest(have, known))]
+    return f" ({'; '.join(hints)})" if hints else ""
 
 
 def needed_in(needed: Iterable[str], row: Row) -> bool:
@@ -325,6 +329,8 @@ def _answers(row: Row, kind: DataType, where: str) -> None:
         row["label"] = _truth(row["label"], "label", where)
     if kind == "preference" and row.get("tie") is not None:
         row["tie"] = _truth(row["tie"], "tie", where)
+    if kind == "preference" and row.get("margin") is not None:
+        row["margin"] = _number(row["margin"], "margin", where)
     if kind == "scored":
         row["score"] = _number(row["score"], "score", where)
     if kind not in ("stepwise", "ranking"):

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefzoo.data.samples import Samples
 from prefzoo.feedback.verifiers import KEYWORDS, VERIFIERS, verifier
-from prefzoo.models.folders import REWARD_FILE
+from prefzoo.models.folders import REWARD_FILE, no_bars
 from prefzoo.models.load import load_scorer
 from prefzoo.models.roles import Scorer
 from prefzoo.models.scorers import open_classifier
@@ -351,6 +351,7 @@ def _model_reward(source: str, tokenizer: PreTrainedTokenizerBase, device: torch
         raise UsageError(f"{no_reward}, and could not be had from the hub: {error}") from error
 
 
+@no_bars()
 def _open_reward_model(source: str, tokenizer: PreTrainedTokenizerBase, device: torch.device | str) -> RewardSource:
     """One that reads the policy's ids, where each means the same to it and it scores a last token; else the text."""
     from prefzoo.feedback.text import TextReward

@@ -92,6 +92,8 @@ def open_adapter(model: PreTrainedModel, source: str | Path, revision: str | Non
     """The adapter of a folder or hub id on its base model, ready to be trained on."""
     import peft
 
+    if Path(source).is_dir() and not any(Path(source).glob("adapter_model.*")):
+        raise UsageError(f"adapter {str(source)!r} could not be loaded: it holds no adapter_model.safetensors.")
     with in_words(f"adapter {str(source)!r} could not be loaded"), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = peft.PeftModel.from_pretrained(model, str(source), is_trainable=True, revision=revision)

@@ -111,9 +111,14 @@ def open_causal(source: str | Path, dtype: torch.dtype, **options: Any) -> PreTr
             f"model {str(source)!r} is a sequence classifier (a reward model?), not a language model; give it as "
             "reward=, or as model= the language model it was made from."
         )
+    if any(name.endswith("ForMaskedLM") for name in config.architectures or ()):
+        raise UsageError(
+            f"model {str(source)!r} is a {config.architectures[0]}, no causal language model: it fills gaps, and does "
+            "not answer."
+        )
     with in_words(f"model {str(source)!r}: no causal language model could be loaded from it"):
         model, found = AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=dtype, output_loading_info=True, **options
+            str(source), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     check_complete(source, found)
     return model
@@ -196,6 +201,10 @@ def is_quantised(model: PreTrainedModel) -> bool:
 _TOLERANCE = 2e-3
 
 
+class NotFinite(UsageError):
+    """No way of running such a model helps."""
+
+
 def settle(policy: Policy, note: Note = silent) -> Policy:
     """Packed batches where they give the library's log-probabilities, else padded ones; what still differs is refused.
 
@@ -207,6 +216,8 @@ def settle(policy: Policy, note: Note = silent) -> Policy:
         if policy.packed:
             return policy
         packed = f"models of type {name!r} do not let their attention be replaced."
+    except NotFinite:
+        raise
     except UsageError as error:
         packed = str(error)
     for attention in ("sdpa", "eager"):
@@ -279,6 +290,10 @@ def _compare(
     finally:
         model.set_attn_implementation(attention)
         model.train(was_training)
+    if not torch.isfinite(single).all():
+        raise NotFinite(
+            f"the model's own {what} are not finite: its weights are damaged, or too large for {model.dtype}."
+        )
     difference = max(float((f.float() - single.float()).abs().max()) for f in found)
     loose = model.dtype != torch.float32 or is_quantised(model)
     if not difference <= tolerance * (50 if loose else 1):

@@ -41,6 +41,11 @@ def in_words(what: str) -> Iterator[None]:
         raise UsageError(f"{what} ({first_line(error)}).{cure}") from error
 
 
+def told(source: str | Path) -> str:
+    """A model as its user wrote it; a name that is no folder here was looked for on the hub."""
+    return f"model {str(source)!r}: {'' if Path(source).is_dir() else 'it is no folder here, and from the hub '}"
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:240]
 

@@ -132,7 +132,13 @@ def open_classifier(source: str | Path, **options: Any) -> PreTrainedModel:
     check_source(source)
     what = f"{str(source)!r} holds no reward model that could be loaded"
     with in_words(what):
-        labels = open_config(source, **options).num_labels
+        config = open_config(source, **options)
+        if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ()):
+            raise UsageError(
+                f"{what}: it is a language model, which gives no scores; make one of it with 'prefzoo train "
+                "reward_model'."
+            )
+        labels = config.num_labels
         if labels != 1:
             raise UsageError(f"reward model {str(source)!r} has {labels} labels; one is needed.")
         model, found = AutoModelForSequenceClassification.from_pretrained(

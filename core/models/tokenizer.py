@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from prefzoo.models.folders import adapter_facts, check_source, find, first_line, in_words
+from prefzoo.models.folders import adapter_facts, check_source, find, first_line, in_words, told
 from prefzoo.registry import UsageError
 
 CHATML = (
@@ -39,18 +39,23 @@ def load_tokenizer(
     learned.
     """
     tokenizer = open_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise UsageError(
-            f"tokenizer of {str(source)!r} has no EOS token, so no answer would ever end; set tokenizer.eos_token and "
-            "save it, or load it yourself and give tokenizer=."
-        )
-    return prepare_tokenizer(tokenizer, chat_template=chat_template, added_tokens=added_tokens)
+    name = f"of {str(source)!r} "
+    return prepare_tokenizer(tokenizer, chat_template=chat_template, added_tokens=added_tokens, name=name)
 
 
 def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, *, chat_template: str | None = None, added_tokens: Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: str | None = None,
+    added_tokens: Sequence[str] = (),
+    name: str = "",
 ) -> PreTrainedTokenizerBase:
     """A tokenizer with a padding token, a template and more tokens where they are wanted; in place."""
+    if tokenizer.eos_token_id is None:
+        raise UsageError(
+            f"tokenizer {name}has no EOS token, so no answer would ever end; set tokenizer.eos_token and save it, or "
+            "load it yourself and give tokenizer=."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template == "chatml":
@@ -77,8 +82,19 @@ def open_tokenizer(
     check_source(source)
     facts = adapter_facts(source, revision)
     if facts is not None and find(source, "tokenizer_config.json", revision) is None:
-        source, revision = facts.get("base_model_name_or_path") or source, facts.get("revision")
-    with in_words(f"model {str(source)!r}: no tokenizer could be loaded from it"):
+        adapter, base = source, facts.get("base_model_name_or_path")
+        if not base:
+            raise UsageError(
+                f"adapter {str(adapter)!r} does not say which model it belongs to (base_model_name_or_path)."
+            )
+        source, revision = base, facts.get("revision")
+        check_source(source)
+    if Path(source).is_dir() and not any(Path(source).glob("*token*")):
+        raise UsageError(
+            f"model {str(source)!r}: no tokenizer could be loaded from it, it holds no tokenizer.json; save it there, "
+            "or give tokenizer=."
+        )
+    with in_words(f"{told(source)}no tokenizer could be loaded from it"):
         return AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=trust_remote_code)
 
 

@@ -18,7 +18,7 @@ class TrainConfig(BaseModel):
     2.0
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     learning_rate: float = Field(1e-6, ge=0, description="peak learning rate of the policy (or reward model)")
     critic_learning_rate: float | None = Field(None, ge=0, description="of the critic; None: as learning_rate")
@@ -78,6 +78,7 @@ class TrainConfig(BaseModel):
     )
     eval_split: float | None = Field(None, gt=0, lt=1, description="share of the prompts held out for evaluation")
     eval_steps: PositiveInt | None = Field(None, description="steps between evaluations; None: ten in a run")
+    eval_samples: PositiveInt = Field(1, description="samples per prompt of an evaluation (rollout sources)")
     best_metric: str | None = Field(None, description="keep the best model by this, such as eval/loss, in OUTPUT/best")
     best_mode: Literal["min", "max"] | None = Field(None, description="None: min for losses and KL, max for others")
     patience: PositiveInt | None = Field(None, description="stop after so many evaluations without a better one")
@@ -97,9 +98,9 @@ class TrainConfig(BaseModel):
         try:
             return cls(**merged)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(p) for p in first["loc"])
-            raise UsageError(f"training option {where!r}: {first['msg']} (got {first['input']!r}).") from None
+            option = error.errors()[0]["loc"][0]  # one of several types is told once for each
+            said = "; or: ".join(e["msg"] for e in error.errors() if e["loc"][0] == option)
+            raise UsageError(f"training option {option!r}: {said} (got {merged[str(option)]!r}).") from None
 
 
 ONLY_DATASET = ("rows_per_step",)  # refused for rollout sources, whose schedule decides

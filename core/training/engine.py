@@ -379,8 +379,9 @@ class Engine:
     def _evaluate_samples(self, held_out: Samples) -> dict[str, float]:
         source = self.stage.source
         assert self.rollouts is not None and isinstance(source, Rollouts) and isinstance(self.stage.feedback, Reward)
+        seed, n = derive_seed(self.config.seed, "evaluation"), self.config.eval_samples
         with self._autocast():
-            samples = self.rollouts.generate(held_out, 1, source.sampling, derive_seed(self.config.seed, "evaluation"))
+            samples = self.rollouts.generate(held_out, n, source.sampling, seed)
         scores_B = self.stage.feedback(samples, self)
         if self.reference is not None:
             samples = samples.with_tokens(ref_logps=self.reference_logps(samples))

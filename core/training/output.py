@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from prefzoo.registry import UsageError
 from prefzoo.training.config import TrainConfig
 
 PACKAGES = ("prefzoo", "torch", "transformers", "accelerate", "peft", "datasets", "numpy")
+LOGS = ("metrics.jsonl", "samples.jsonl")
 MODELS = ("final", "best", "interrupted")
 
 
@@ -32,6 +34,21 @@ def check_folder(output_dir: str | Path | None) -> None:
         raise UsageError(f"output folder {str(folder)!r} is a file; choose another name.")
     if any((folder / name).exists() for name in ("run.json", *MODELS)):
         raise UsageError(f"output folder {str(folder)!r} holds another run; choose a new folder or remove it.")
+    for name in LOGS:
+        if (folder / name).exists() and not _is_log(folder / name):
+            raise UsageError(
+                f"output folder {str(folder)!r}: {name} in it was not written by a run, and would be lost; "
+                "choose a new folder."
+            )
+
+
+def _is_log(file: Path) -> bool:
+    """Whether every line is of a run: an object with the number of its step."""
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return False
+    return all(isinstance(row, dict) and "step" in row for row in rows)
 
 
 def make_folder(output_dir: str | Path | None) -> Path | None:
@@ -40,9 +57,11 @@ def make_folder(output_dir: str | Path | None) -> Path | None:
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise UsageError(f"output folder {str(folder)!r} cannot be made: {error.strerror}.") from error
-    for name in ("metrics.jsonl", "samples.jsonl"):  # of a run that left nothing else
+        raise UsageError(f"output folder {str(folder)!r} cannot be written to: {error.strerror}.") from error
+    for name in LOGS:  # of a run that left nothing else
         (folder / name).unlink(missing_ok=True)
     return folder
 

@@ -88,6 +88,9 @@ class Steps:
             raise UsageError("best_metric needs output_dir: the best model is kept in OUTPUT/best.")
         self.push_to_hub = push_to_hub
         self.callbacks = [callback] if callable(callback) else list(callback)
+        for call in self.callbacks:
+            if not callable(call):
+                raise UsageError(f"callback: expected a function f(step, policy, metrics), got {type(call).__name__}.")
         output.check_folder(output_dir)
         self.device = setup.device_of(settings)
         self.log = RunLog(None if output_dir is None else Path(output_dir), chosen.name, quiet=quiet)
@@ -196,7 +199,7 @@ class Steps:
             self._waited += 1
             return values
         self.best, self._waited = {"metric": metric, "value": value, "step": step}, 0
-        if s.best_metric is not None and step > 0:  # the start is on disk already
+        if s.best_metric is not None:
             self._save("best")
         return values
 
@@ -310,10 +313,15 @@ def load_run_policy(
 
     ``where``: ``revision`` and ``trust_remote_code`` of a hub id.
     """
-    final = Path(source) / "final"
-    found = str(final if final.is_dir() else source)
+    found = run_model(source)
     tokenizer = load_tokenizer(found, chat_template=chat_template, **where)
     return load_policy(found, tokenizer=tokenizer, **where), tokenizer
+
+
+def run_model(source: str | Path) -> str:
+    """The model folder of a run, or the source itself."""
+    final = Path(source) / "final"
+    return str(final if final.is_dir() else source)
 
 
 def _name_of(value: Any) -> Any:

@@ -6,10 +6,11 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefzoo.algorithm import Algorithm, Stage, algorithm_entry, create_algorithm
 from prefzoo.data.formats import Dataset, load_dataset, split_by_prompt
@@ -32,6 +33,7 @@ from prefzoo.models.load import (
 )  # fmt: skip
 from prefzoo.models.reference import cached_logps, reference_of
 from prefzoo.models.roles import Policy, Scorer
+from prefzoo.models.tokenizer import open_tokenizer, same_tokens
 from prefzoo.parts.feedback import Verifier
 from prefzoo.parts.reference import Moving
 from prefzoo.parts.roles import CRITIC, REFERENCE, REWARD
@@ -54,6 +56,8 @@ def resolve(
 
     ``arguments``: what else the run was given (``eval_dataset``, ...), to find options that have no effect.
     """
+    if not isinstance(config, TrainConfig | Mapping | None):
+        raise UsageError(f"config: expected a TrainConfig or a mapping of its fields, got {type(config).__name__}.")
     given = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else dict(config or {})
     entry = None if isinstance(algorithm, Algorithm) else algorithm_entry(algorithm)
     if entry is not None and "spelling" in entry.tags:  # trl: names take another library's words
@@ -86,7 +90,7 @@ def _without_effect(
                     "minibatches of the algorithm; max_steps of the training)"))  # fmt: skip
         out.append((("loss_on", "implicit_prompt"), "it trains on answers of its own"))
     else:
-        out.append((("log_completions",), "it samples nothing"))
+        out.append((("log_completions", "eval_samples"), "it samples nothing"))
     if CRITIC not in algorithm.needs:
         out.append((("critic_learning_rate",), "it has no critic"))
     if settings.optimizer == "sgd":
@@ -99,11 +103,12 @@ def _without_effect(
         out.append((("fp32_head",), "the forward pass is in float32 anyway"))
     if algorithm.trains_reward:
         out.append((("fp32_head",), "a reward head is in float32 anyway"))
+        out.append((("merge",), "a reward model is always written merged"))
     if arguments.get("eval_dataset") is not None:
         out.append((("eval_split",), "eval_dataset is given"))
     elif settings.eval_split is None:
         why = "nothing is held out (eval_dataset or eval_split)"
-        out.append((("eval_steps", "best_metric", "best_mode", "patience"), why))
+        out.append((("eval_steps", "eval_samples", "best_metric", "best_mode", "patience"), why))
     if settings.best_metric is None and settings.patience is None:
         out.append((("best_mode",), "no best model is looked for (best_metric or patience)"))
     return out
@@ -117,6 +122,8 @@ def device_of(settings: TrainConfig) -> torch.device:
             "Start it without a launcher: one process uses one device."
         )
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+        raise UsageError(f"device {name!r} is not there: expected 'cpu', 'cuda' or 'cuda:0', 'mps' or 'xpu'.")
     try:
         device = torch.device(name)
         torch.zeros(0, device=device)
@@ -154,6 +161,13 @@ def start_model(
     s = settings
     if model is None:
         raise UsageError("which model? model=FOLDER, a hub id, a loaded model, or 'tiny' for a small random one.")
+    if not isinstance(model, str | Path | PreTrainedModel | Policy) and not hasattr(model, "peft_config"):
+        raise UsageError(f"model: expected a folder, a hub id or a loaded model, got {type(model).__name__}.")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        got = type(tokenizer).__name__
+        raise UsageError(f"tokenizer: expected a tokenizer object (AutoTokenizer.from_pretrained(...)), got {got}.")
+    if s.revision is not None and isinstance(model, str | Path) and Path(model).is_dir():
+        raise UsageError(f"revision={s.revision!r} has no effect on a local folder, {str(model)!r}; leave it out.")
     words: dict[str, Any] = {"chat_template": s.chat_template, "added_tokens": s.added_tokens}
     where: dict[str, Any] = {"revision": s.revision, "trust_remote_code": s.trust_remote_code}
     if isinstance(model, str) and model in ("tiny", "small"):
@@ -176,6 +190,11 @@ def start_model(
 
 def anchor(reference: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainConfig, note: Note) -> Policy:
     """The user's own reference, frozen, in the precision of the policy."""
+    if isinstance(reference, str | Path) and not same_tokens(open_tokenizer(reference), tokenizer):
+        raise UsageError(
+            f"reference {str(reference)!r}: its tokenizer has other ids than the policy's, so it would score other "
+            "words; give a model with the same tokenizer."
+        )
     policy = load_policy(reference, dtype=getattr(torch, settings.dtype), tokenizer=tokenizer, note=note)
     policy.fp32_head = settings.fp32_head
     return policy.requires_grad_(False)
@@ -214,6 +233,8 @@ def reward_source(
     device: torch.device,
     note: Note,
 ) -> RewardSource | None:
+    if weights is not None and reward is None:
+        raise UsageError("reward_weights has no effect without reward=; leave it out.")
     if not any(REWARD in s.needs and REWARD not in s.trains for s in algorithm.stages):
         if reward is not None:
             note(f"note: {algorithm.name} learns from the data's labels; reward= is ignored.")
@@ -251,6 +272,11 @@ def make_engine(
     config = policy.model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or settings.max_length
     if isinstance(stage.source, Rollouts):  # a prompt must leave room for its answer; longer ones are dropped, counted
+        if stage.source.max_new_tokens >= positions:
+            raise UsageError(
+                f"max_new_tokens={stage.source.max_new_tokens} leaves no room for a prompt: the model has {positions} "
+                "positions."
+            )
         positions = positions - stage.source.max_new_tokens + 1
     reading: dict[str, Any] = {
         "max_length": min(settings.max_length, positions),
