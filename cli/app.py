@@ -103,7 +103,7 @@ def list_(
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="of an algorithm or a loss")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of an algorithm or a loss; or 'training'")],
     loss: Annotated[bool, typer.Option("--loss", help="the loss of that name, where an algorithm has it too")] = False,
     imports: Imports = [],  # noqa: B006
     as_json: AsJson = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,10 @@ def show_list(kind: str, pattern: str, imports: Iterable[Path], as_json: bool) -
 
 
 def show_card(name: str, as_loss: bool, imports: Iterable[Path], as_json: bool) -> None:
-    """Print everything about one entry."""
+    """Print everything about one entry; of the name ``training``, the options that all runs share."""
+    if name == "training":
+        show_training(as_json)
+        return
     _import_all(imports)
     if as_loss or _is_term_only(name):
         facts = loss_facts(LOSSES.entry(name).name, whole=True)
@@ -70,6 +73,39 @@ def show_card(name: str, as_loss: bool, imports: Iterable[Path], as_json: bool) 
         print(json.dumps(facts, indent=2, default=str))
         return
     _print_card(facts)
+
+
+def show_training(as_json: bool) -> None:
+    """Print the options of every run, their values unless an algorithm recommends others, and what they do."""
+    rows = training_options()
+    if as_json:
+        print(json.dumps(rows, indent=2, default=str))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("option", style="bold", no_wrap=True)
+    table.add_column("default", no_wrap=True)
+    table.add_column("")
+    for row in rows:
+        table.add_row(row["name"], _word(row["default"]), _plain(row["doc"]))
+    _console().print(table)
+
+
+def training_options() -> list[dict[str, Any]]:
+    """Name, default and description of every field of the training configuration."""
+    defaults = TrainConfig().model_dump(mode="json")
+    fields = TrainConfig.model_fields
+    return [{"name": k, "default": v, "doc": fields[k].description or ""} for k, v in defaults.items()]
+
+
+def training_page() -> str:
+    """The same as a page of the documentation."""
+    head = "# Training options\n\nOf every run, whatever the algorithm: `--key value`, or `-s key=value`.\n\n"
+    rows = "".join(f"| `{r['name']}` | `{_word(r['default'])}` | {_text(r['doc'])} |\n" for r in training_options())
+    return f"{head}| option | default | what it does |\n|---|---|---|\n{rows}"
+
+
+def _text(words: str) -> str:
+    return words.replace("|", "\\|")
 
 
 def algorithm_facts(name: str, whole: bool = False) -> dict[str, Any]:
@@ -169,7 +205,7 @@ def card_page(facts: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(f"`{word}`" for word in text.replace("|", "\\|").splitlines()) if text else "–"
+    return " ".join(f"`{word}`" for word in _text(text).splitlines()) if text else "–"
 
 
 def _rows(facts: dict[str, Any]) -> dict[str, str]:
@@ -180,8 +216,8 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
             "learns from": facts["learns_from"],
             "needs": ", ".join(facts["needs"]) or "nothing more",
             "made of": facts["composition"],
-            "training": _settings(facts["training"], facts["recommended"]),
-            "": "* recommended for this algorithm; the others are the same for all" if facts["recommended"] else "",
+            "training": _settings(facts["recommended"]),
+            "": "all options of training: prefzoo show training",
             "its losses": "\n".join(f"prefzoo show --loss {name}" for name in facts["losses"]),
         }
     else:
@@ -193,8 +229,8 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
     return {key: value for key, value in rows.items() if value}
 
 
-def _settings(values: dict[str, Any], marked: Iterable[str] = ()) -> str:
-    return "  ".join(f"{k}={_word(v)}{'*' if k in marked else ''}" for k, v in values.items())
+def _settings(values: Mapping[str, Any]) -> str:
+    return "  ".join(f"{k}={_word(v)}" for k, v in values.items())
 
 
 def _word(value: Any) -> str:

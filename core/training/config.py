@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from prefzoo.registry import UsageError, suggest
 
@@ -27,22 +27,26 @@ class TrainConfig(BaseModel):
     max_steps: PositiveInt | None = Field(
         None, description="optimizer steps, whatever epochs says; rollout steps for rollout sources"
     )
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.0, ge=0)
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw or sgd")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW: decay of its means")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, of all weights")
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradient norm is clipped to this; None: not clipped")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay of the learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="decay of the learning rate: linear, cosine, constant"
+    )
     warmup_steps: float = Field(10, ge=0, description="optimizer steps of linear warm-up; below 1: a share of the run")
     final_learning_rate: float = Field(0.1, ge=0, le=1, description="fraction of the peak that the decay ends at")
     max_length: PositiveInt = Field(1024, description="tokens of prompt + completion; never over the model's positions")
     tokens_per_batch: PositiveInt = Field(8192, description="token budget of a micro-batch; does not change the result")
     shuffle: bool = Field(True, description="False: rows in the order of the file")
-    seed: int = 0
+    seed: int = Field(0, description="of everything that is random")
     device: str | None = Field(None, description="None: a GPU where there is one")
 
     # The model.
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights in memory")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the weights in memory: float32, bfloat16, float16"
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass: float32 or bfloat16")
     fp32_head: bool = Field(False, description="logits in float32 where the forward pass is in bfloat16")
     gradient_checkpointing: bool = Field(False, description="less memory for activations, a second forward pass")
     revision: str | None = Field(None, description="branch, tag or commit of a model on the hub")
@@ -50,7 +54,7 @@ class TrainConfig(BaseModel):
     chat_template: str | None = Field(None, description="'chatml' or a Jinja file, for a tokenizer without template")
     added_tokens: tuple[str, ...] = Field((), description="tokens that the tokenizer gets; the embeddings grow")
     lora: bool | Literal["dora", "rslora"] = Field(False, description="train an adapter: true, 'dora' or 'rslora'")
-    lora_rank: PositiveInt = 16
+    lora_rank: PositiveInt = Field(16, description="rank of the adapter")
     lora_alpha: float = Field(32.0, gt=0, description="scale of the adapter: alpha / rank (rslora: / sqrt(rank))")
     lora_targets: str | tuple[str, ...] = Field("all-linear", description="modules that get an adapter")
     merge: bool = Field(False, description="write the adapter merged into the model")
@@ -72,7 +76,7 @@ class TrainConfig(BaseModel):
     cache_dir: Path | None = Field(None, description="where tokens and reference log-probabilities are kept")
 
     # While training.
-    logging_steps: PositiveInt = 10
+    logging_steps: PositiveInt = Field(10, description="steps between two lines of metrics")
     log_completions: int = Field(
         3, ge=0, description="sampled completions written to samples.jsonl at each logging step"
     )
@@ -83,8 +87,14 @@ class TrainConfig(BaseModel):
     best_mode: Literal["min", "max"] | None = Field(None, description="None: min for losses and KL, max for others")
     patience: PositiveInt | None = Field(None, description="stop after so many evaluations without a better one")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
-        (), description="trackers that get the metrics too"
+        (), description="trackers that get the metrics too: tensorboard, wandb, trackio, mlflow"
     )
+
+    @field_validator("report_to", "added_tokens", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """One word is a list of one."""
+        return (value,) if isinstance(value, str) else value
 
     @classmethod
     def of(cls, *layers: Mapping[str, Any]) -> TrainConfig:
