@@ -354,7 +354,8 @@ def test_weights_are_the_shares_of_a_mixture(a: int, b: int, w: int, v: int, see
     try:
         rows = [r["prompt"] for r in load_dataset(parts, seed=seed)]
     except UsageError:
-        assert int(min(a / w, b / v) * w) == int(min(a / w, b / v) * v) == 0
+        whole = min(a / w, b / v)
+        assert min(int(whole * w + 1e-6), int(whole * v + 1e-6)) == 0, "a source that would give no row"
         return
     assert len(set(rows)) == len(rows)
     count = Counter(r[0] for r in rows)
@@ -369,7 +370,10 @@ def test_every_source_has_a_weight_or_none() -> None:
             load_dataset([DataSource(numbered("a", 3), weight=w) for w in weights])
     data = load_dataset([{"path": numbered(n, 8), "weight": w} for n, w in (("a", 3), ("b", 1))])
     assert Counter(r["prompt"][0] for r in data) == {"a": 8, "b": 2}
-    assert data.report.notes == {"rows taken of the 8 of list": 10} and data.rows != sorted(data.rows, key=str)
+    assert data.report.notes == {
+        "rows taken of the 8 of source 1, list": 8,
+        "rows taken of the 8 of source 2, list": 2,
+    } and data.rows != sorted(data.rows, key=str)
 
 
 # ------------------------------------------------------------------------------------------------ copies, overlap

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from prefzoo.data.chat import encode_prompts, turn_ends
+from prefzoo.data.chat import encode_prompts
 from prefzoo.data.samples import Samples
 from prefzoo.data.tokens import segments, tokenise
 from prefzoo.models.load import learn_tokenizer
+from prefzoo.models.tokenizer import end_ids
 from prefzoo.registry import UsageError
 from prefzoo.training.records import loss_mask
 
@@ -261,8 +262,8 @@ def test_masks_are_stored_and_taken_with_their_rows(kind: Any, tmp_path: Path) -
 def test_ends_of_turns_are_known() -> None:
     for name, end in ENDS.items():
         words = WORDS[name]
-        assert turn_ends(words) == {words.eos_token_id, words.convert_tokens_to_ids(end)}
-    assert turn_ends(WORDS["bare"]) == {WORDS["bare"].eos_token_id}
+        assert set(end_ids(words)) == {words.eos_token_id, words.convert_tokens_to_ids(end)}
+    assert set(end_ids(WORDS["bare"])) == {WORDS["bare"].eos_token_id}
 
 
 def test_a_template_that_ends_no_turn_is_reported() -> None:

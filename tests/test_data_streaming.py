@@ -179,9 +179,9 @@ def test_a_stream_can_be_split_by_prompt(words: Any) -> None:
 
 def test_a_failed_run_leaves_no_store(words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    bad = [*PAIRS, {**PAIRS[1], "weight": "much"}]
+    bad = [*({**pair, "weight": 1.0} for pair in PAIRS), PAIRS[1]]
     for cache in (tmp_path, None):
-        with pytest.raises(UsageError, match="column 'weight', row 33: expected a number"):
+        with pytest.raises(UsageError, match="column 'weight', row 33"):
             tokenise(load_dataset(bad, streaming=True), words, "pairs", cache=cache)
     samples, _ = tokenise(load_dataset(PAIRS, streaming=True), words, "pairs")
     assert samples.extra["tags"][3] == samples.extra["tags"][:4][3] == ["x", {"n": 4}]

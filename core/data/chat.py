@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from prefzoo.data.rows import Fault, Row, show
+from prefzoo.models.tokenizer import end_ids
 from prefzoo.registry import UsageError
 
 LossOn = Literal["completion", "assistant", "all"]
@@ -23,6 +24,7 @@ class Encoded:
     prompt: Ids
     completions: list[Ids]
     trained: list[list[bool] | None]
+    moved: int = 0  # tokens at the end of the prompt alone that the text with its answer does not have
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _split(prompt: Ids, whole: Sequence[Ids], trained: Sequence[list[bool] | Non
     """Prompt and completions: what all of them share with the prompt alone, and the rest of each."""
     shared = min(_common_prefix(prompt, ids) for ids in whole)
     masks = [None if mask is None else mask[shared:] for mask in trained]
-    return Encoded(prompt[:shared], [ids[shared:] for ids in whole], masks)
+    return Encoded(prompt[:shared], [ids[shared:] for ids in whole], masks, len(prompt) - shared)
 
 
 def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -116,13 +118,14 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     """Ids with the tokenizer's own special tokens; a BOS token that the text begins with is not doubled."""
     if not texts:
         return []
-    bos = tokenizer.bos_token_id
-    return [
-        ids[1:] if bos is not None and ids[:2] == [bos, bos] and text.startswith(tokenizer.bos_token) else ids
-        for text, ids in zip(
-            texts, tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"], strict=True
-        )
-    ]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    appended = eos is not None and len(texts) and tokenizer("")["input_ids"][-1:] == [eos] != [bos]
+    found = []
+    for text, ids in zip(texts, tokenizer(list(texts), verbose=False)["input_ids"], strict=True):
+        ids = ids[:-1] if appended else ids  # a prompt has no end, an answer gets its own
+        doubled = bos is not None and ids[:2] == [bos, bos] and text.startswith(tokenizer.bos_token)
+        found.append(ids[1:] if doubled else ids)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- messages
@@ -135,7 +138,12 @@ def render(tokenizer: PreTrainedTokenizerBase, row: Row, messages: Sequence[Row]
             "the data holds messages, but the tokenizer has no chat template; set chat_template='chatml' or a Jinja "
             "file, or tokenizer.chat_template."
         )
-    arguments = {**row.get("chat_template_kwargs", {}), "tools": row.get("tools"), **flags}
+    arguments = {
+        **row.get("chat_template_kwargs", {}),
+        "tools": row.get("tools"),
+        "add_generation_prompt": False,
+        **flags,
+    }
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments))
     except Exception as error:  # templates are programs: they refuse roles and orders, and fail in their own ways
@@ -173,7 +181,7 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], sides: Sequence[str], loss_on: LossOn | None
 ) -> list[Encoded | Fault]:
     """Prompts and completions of messages. In a completion of several turns only the assistant's carry loss."""
-    ends = turn_ends(tokenizer)
+    ends = set(end_ids(tokenizer))
     found: list[tuple[str, list[_Turns]] | Fault] = []
     for row in rows:
         try:
@@ -228,7 +236,7 @@ def _dialogues(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], loss_on: LossOn | None
 ) -> list[Encoded | Fault]:
     """Whole dialogues: the turns of the assistant carry loss, or everything does."""
-    ends = turn_ends(tokenizer)
+    ends = set(end_ids(tokenizer))
     encoded: list[Encoded | Fault] = []
     for row in rows:
         try:
@@ -252,20 +260,6 @@ def _dialogues(
 
 def _after_last(mask: Sequence[bool]) -> int:
     return len(mask) - list(reversed(mask)).index(True) if any(mask) else len(mask)
-
-
-def turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end an answer: EOS, and the special token with which the chat template closes a turn."""
-    ends = {tokenizer.eos_token_id} - {None}
-    if tokenizer.chat_template is not None:
-        try:
-            text = render(tokenizer, {}, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "=!="}])
-        except Fault:
-            return ends
-        after = tokenizer(text.rpartition("=!=")[2].lstrip(), add_special_tokens=False)["input_ids"]
-        if after and after[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
-            ends.add(after[0])
-    return ends
 
 
 def _to_last_end(tokenizer: PreTrainedTokenizerBase, ids: Ids, ends: set[int]) -> int:

@@ -11,21 +11,20 @@ from prefzoo.registry import UsageError
 Give = Callable[[Row, Report], Iterable[Row]]  # the rows made from one, and what is to be counted
 
 
+JUDGED = ("score", "score_chosen", "score_rejected", "margin", "tie")  # what is said about answers
+
+
 def _without(row: Row, *columns: str) -> Row:
     return {k: v for k, v in row.items() if k not in columns}
 
 
 def prompt_only(row: Row) -> Row:
     """The row without answers and labels; the user's other columns stay."""
-    return _without(row, *ANSWERS)
+    return _without(row, *ANSWERS, *JUDGED)
 
 
 def _prompt(row: Row, report: Report) -> Iterable[Row]:
     yield prompt_only(row)
-
-
-def _scored_prompt(row: Row, report: Report) -> Iterable[Row]:
-    yield _without(row, "completion", "score")
 
 
 def _chosen(row: Row, report: Report) -> Iterable[Row]:
@@ -63,6 +62,8 @@ def _last_turn(row: Row, report: Report) -> Iterable[Row]:
     if last == 0:
         report.cut["dialogues left out: nothing that the assistant answers"] += 1
         return
+    if len(said) > last + 1:
+        report.cut["messages after the last answer left out"] += len(said) - last - 1
     yield {**_without(row, "messages"), "prompt": said[:last], "completion": [said[last]]}
 
 
@@ -101,7 +102,7 @@ def _all_pairs(row: Row, report: Report) -> Iterable[Row]:
             report.cut["pairs of equal score left out"] += 1
         else:
             win, lose = (i, j) if scores[i] > scores[j] else (j, i)
-            known = {} if "ranks" in row else {"score_chosen": scores[win], "score_rejected": scores[lose]}
+            known = {} if row.get("scores") is None else {"score_chosen": scores[win], "score_rejected": scores[lose]}
             yield {**rest, "chosen": row["completions"][win], "rejected": row["completions"][lose], **known}
 
 
@@ -138,7 +139,7 @@ STEPS: dict[tuple[DataType, DataType], Give] = {
     ("ranking", "prompt_completion"): _best,
     ("ranking", "unpaired"): _best_and_worst,
     ("ranking", "prompt"): _prompt,
-    ("scored", "prompt"): _scored_prompt,
+    ("scored", "prompt"): _prompt,
 }
 THROUGH: dict[tuple[DataType, DataType], DataType] = {  # in two steps
     (kind, "language_modeling"): "prompt_completion" for kind in ("preference", "unpaired", "stepwise", "ranking")
@@ -211,7 +212,7 @@ def _grouped(data: Dataset) -> Dataset:
     groups: dict[bytes, Row] = {}
     for row in data:
         new = {**_without(row, "completion", "score"), "completions": [], "scores": []}
-        group = groups.setdefault(digest(row["prompt"]), new)
+        group = groups.setdefault(digest([row["prompt"], row.get("tools"), row.get("chat_template_kwargs")]), new)
         group["completions"].append(row["completion"])
         group["scores"].append(row["score"])
     rows = list(groups.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -23,13 +24,13 @@ from prefzoo.data.rows import (
     Passes,
     Report,
     Row,
-    asks,
     detect,
     digest,
     hash_of,
     is_dialogue,
     normal_columns,
     normal_row,
+    question,
     show,
     split_text,
 )
@@ -74,10 +75,14 @@ def load_dataset(
     >>> data.type, data.rows[0]["chosen"]
     ('preference', ' 2')
     """
-    if isinstance(source, Dataset) and not deduplicate and without_prompts_of is None:
-        return source
     if implicit_prompt not in ("word", "character"):
         raise UsageError(f"implicit_prompt={implicit_prompt!r}: expected 'word' or 'character'.")
+    if isinstance(source, Dataset):
+        if columns is not None or (streaming and not source.streamed):
+            option = "streaming" if columns is None else "columns"
+            raise UsageError(f"{option} has no effect on data {source.report.source}, which are loaded already.")
+        if not deduplicate and without_prompts_of is None:
+            return source
 
     def part(one: DataSource) -> Dataset:
         if isinstance(one.path, Dataset):
@@ -97,28 +102,43 @@ def load_dataset(
     if len({is_dialogue(row, parts[0].type) for row in firsts if row is not None}) > 1:
         names = ", ".join(one.report.source for one in parts)
         raise UsageError(f"a mixture of text and messages (data {names}): give all of them in one form.")
-    order = _order(parts, [one.weight for one in sources], seed)
     held = None
     if without_prompts_of is not None:
-        evaluation = load_dataset(
-            without_prompts_of, columns=columns, implicit_prompt=implicit_prompt, streaming=streaming
+        evaluation = (
+            without_prompts_of
+            if isinstance(without_prompts_of, Dataset)
+            else load_dataset(without_prompts_of, columns=columns, implicit_prompt=implicit_prompt, streaming=streaming)
         )
-        held = {digest(asks(row, evaluation.type)) for row in evaluation}
+        held = {question(row, evaluation.type) for row in evaluation}
+
+    def kept(row: Row, seen: set[bytes], found: Report) -> bool:
+        key = digest(row)
+        if key in seen:
+            if deduplicate:
+                found.cut["exact copies of earlier rows left out"] += 1
+                return False
+            found.notes["rows are exact copies of earlier ones"] += 1
+        seen.add(key)
+        if held is not None and question(row, parts[0].type) in held:
+            found.cut[f"rows left out: their prompt is in the evaluation data {evaluation.report.source}"] += 1
+            return False
+        return True
+
+    left_out, order = Report("", parts[0].type), None
+    if any(one.weight is not None for one in sources):  # the shares are those of what is kept
+        earlier: set[bytes] = set()
+        keep = [np.array([kept(row, earlier, left_out) for row in part], dtype=bool) for part in parts]
+        order = _order(keep, [one.weight for one in sources], seed)
 
     def make(found: Report) -> Iterator[Row]:
         seen: set[bytes] = set()
-        for row in _mixed(parts, order, found):
-            key = digest(row)
-            if key in seen:
-                if deduplicate:
-                    found.cut["exact copies of earlier rows left out"] += 1
-                    continue
-                found.notes["rows are exact copies of earlier ones"] += 1
-            seen.add(key)
-            if held is not None and digest(asks(row, parts[0].type)) in held:
-                found.cut[f"rows left out: their prompt is in the evaluation data {evaluation.report.source}"] += 1
-                continue
-            yield row
+        if order is None:
+            yield from (row for part in parts for row in part if kept(row, seen, found))
+        else:
+            yield from _mixed(parts, order, found)
+            found.add(left_out)
+        for part in parts:
+            found.add(part.report)
 
     report = Report(" + ".join(dict.fromkeys(p.report.source for p in parts)), parts[0].type)
     rows = Passes(make, report)
@@ -166,35 +186,29 @@ def _open(source: DataSource, streaming: bool, strict: bool, implicit_prompt: Im
 Order = tuple[np.ndarray, list[np.ndarray]]  # the source of each row of a mixture; which rows of each are taken
 
 
-def _order(parts: list[Dataset], weights: list[float | None], seed: int) -> Order | None:
+def _order(keep: list[np.ndarray], weights: list[float | None], seed: int) -> Order:
     """A weighted mixture: as many rows as the shares allow without repeating one, chosen and mixed by the seed."""
-    given = [w for w in weights if w is not None]
-    if not given:
-        return None
-    if len(given) < len(weights) or not all(isinstance(w, int | float) and w > 0 for w in given):
+    given = [w for w in weights if isinstance(w, int | float) and 0 < w < math.inf]
+    if len(given) < len(weights):
         raise UsageError(f"a mixture's weights are {weights}: every source needs one above zero, or none has one.")
-    shares, sizes = np.array(given) / sum(given), np.array([sum(1 for _ in part) for part in parts])
+    shares, sizes = np.array(given) / sum(given), np.array([mask.sum() for mask in keep])
     counts = np.floor((sizes / shares).min() * shares + 1e-9).astype(int)
+    if not counts.all():
+        raise UsageError(f"a mixture of {sizes.tolist()} rows with weights {weights}: one source would give no row.")
     random = generator(seed, "mixture")
-    taken = []
-    for size, count in zip(sizes, counts, strict=True):
-        taken.append(np.zeros(size, dtype=bool))
-        taken[-1][random.permutation(size)[:count]] = True
-    return random.permutation(np.repeat(np.arange(len(parts)), counts)), taken
+    taken = [np.zeros(len(mask), dtype=bool) for mask in keep]
+    for mask, here, count in zip(keep, taken, counts, strict=True):
+        here[np.flatnonzero(mask)[random.permutation(mask.sum())[:count]]] = True
+    return random.permutation(np.repeat(np.arange(len(keep)), counts)), taken
 
 
-def _mixed(parts: list[Dataset], order: Order | None, found: Report) -> Iterator[Row]:
-    if order is None:
-        for part in parts:
-            yield from part
-    else:
-        sources, taken = order
-        chosen = [itertools.compress(part, mask) for part, mask in zip(parts, taken, strict=True)]
-        yield from (next(chosen[s]) for s in sources)
-        for part, mask in zip(parts, taken, strict=True):
-            found.notes[f"rows taken of the {len(mask)} of {part.report.source}"] += int(mask.sum())
-    for part in parts:
-        found.add(part.report)
+def _mixed(parts: list[Dataset], order: Order, found: Report) -> Iterator[Row]:
+    sources, taken = order
+    chosen = [itertools.compress(part, mask) for part, mask in zip(parts, taken, strict=True)]
+    yield from (next(chosen[s]) for s in sources)
+    for number, (part, mask) in enumerate(zip(parts, taken, strict=True), 1):
+        list(chosen[number - 1])  # to the end, for the part's report
+        found.notes[f"rows taken of the {len(mask)} of source {number}, {part.report.source}"] += int(mask.sum())
 
 
 def split_by_prompt(data: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -206,7 +220,7 @@ def split_by_prompt(data: Dataset, share: float, seed: int = 0) -> tuple[Dataset
     """
     if not 0 < share < 1:
         raise UsageError(f"share={share}: expected a number between 0 and 1.")
-    prompts = {digest(asks(row, data.type)) for row in data}
+    prompts = {question(row, data.type) for row in data}
     if len(prompts) < 2:
         raise UsageError(f"data {data.report.source}: all rows have one prompt; none can be held out.")
     count = min(max(round(share * len(prompts)), 1), len(prompts) - 1)
@@ -214,7 +228,7 @@ def split_by_prompt(data: Dataset, share: float, seed: int = 0) -> tuple[Dataset
 
     def part(wanted: bool, name: str) -> Dataset:
         def make(found: Report) -> Iterator[Row]:
-            yield from (row for row in data if (digest(asks(row, data.type)) in held) == wanted)
+            yield from (row for row in data if (question(row, data.type) in held) == wanted)
             if not wanted:
                 found.add(data.report)
                 found.notes["prompts held out for evaluation, with all their rows"] = count

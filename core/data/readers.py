@@ -98,7 +98,16 @@ def open_source(source: DataSource, streaming: bool) -> tuple[str, Read]:
                     )
             named = {k: v for k, v in row.items() if k not in mapping.values()}
             named |= {new: row[old] for new, old in mapping.items() if old in row}
-            yield {k: _cell(k, v) for k, v in named.items()} if isinstance(row, Cells) else named
+            if isinstance(row, Cells):
+                if said := next(
+                    (k for k, v in named.items() if re.match(r"\[?\{'(role|from|content|value)'", v)), None
+                ):
+                    raise UsageError(
+                        f"data {name}, row {number}, column {said!r}: messages as Python prints them, not JSON: "
+                        f"{named[said][:60]!r}; write the column with json.dumps."
+                    )
+                named = {k: _cell(k, v) for k, v in named.items()}
+            yield named
 
     return name, rows
 
@@ -164,6 +173,12 @@ def _open_folder(path: Path, split: str | None) -> tuple[str, Read]:
         raise UsageError(f"data {str(path)!r}: the folder holds no file of a known kind ({', '.join(FILES)}).")
     stems = {p: re.split(r"[-_.]", p.name)[0] for p in files}
     names = sorted(set(stems.values()) & set(SPLITS))
+    others = [p.name for p in files if stems[p] not in SPLITS]
+    if names and others and split is None:
+        raise UsageError(
+            f"data {path.name}: files of splits ({', '.join(names)}) and others ({', '.join(others[:3])}) in one "
+            "folder; give the file, or 'FOLDER:split'."
+        )
     if names or split is not None:
         split = _choose(path.name, names, split)
         files = [p for p in files if stems[p] == split]
@@ -253,10 +268,10 @@ def _json(path: Path, streaming: bool) -> Iterator[Row]:
             first = False
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise UsageError(
-                    f"data {str(path)!r}, line {number} is not JSON ({error.msg}): {line[:80].rstrip()!r}. "
-                    "Expected one JSON object per line."
+                    f"data {str(path)!r}, line {number} is not JSON ({getattr(error, 'msg', error)}): "
+                    f"{line[:80].rstrip()!r}. Expected one JSON object per line."
                 ) from error
             if not isinstance(row, dict):
                 got = type(row).__name__
@@ -267,7 +282,7 @@ def _json(path: Path, streaming: bool) -> Iterator[Row]:
 def _array(path: Path, text: str) -> Iterator[Row]:
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"data {str(path)!r} is not JSON: {error}.") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):

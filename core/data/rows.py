@@ -126,7 +126,9 @@ class Dataset:
         return iter(self._rows)
 
     def __len__(self) -> int:
-        return self.report.rows if isinstance(self._rows, Passes) else len(self._rows)
+        if isinstance(self._rows, Passes):  # known after the first pass
+            return self.report.rows or sum(1 for _ in self)
+        return len(self._rows)
 
     def hash(self) -> str:
         """Hash of the content; the same whether it is streamed or not."""
@@ -137,8 +139,13 @@ class Dataset:
 
 def digest(value: Any) -> bytes:
     """16 bytes that stand for a row, or for a part of one."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_plain)
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no words for; of arrays all items, where their text would leave some out."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def hash_of(digests: Iterable[bytes]) -> str:
@@ -196,6 +203,15 @@ def asks(row: Row, kind: DataType) -> Any:
     if kind != "language_modeling" or isinstance(said, str):
         return said
     return said[: max((i for i, m in enumerate(said) if m["role"] == "assistant"), default=len(said))]
+
+
+def question(row: Row, kind: DataType) -> bytes:
+    """What a row asks, as evaluation data are compared: text or one message of the user, white space at ends aside."""
+    said = asks(row, kind)
+    if not isinstance(said, str):
+        turns = [[m["role"], str(m.get("content", "")).strip(), m.get("tool_calls")] for m in said]
+        return digest(turns[0][1] if len(turns) == 1 and turns[0][0] == "user" else turns)
+    return digest(said.strip())
 
 
 # ---------------------------------------------------------------------------------------------- messages
@@ -331,6 +347,10 @@ def _answers(row: Row, kind: DataType, where: str) -> None:
         row["tie"] = _truth(row["tie"], "tie", where)
     if kind == "preference" and row.get("margin") is not None:
         row["margin"] = _number(row["margin"], "margin", where)
+    if row.get("weight") is not None and kind != "prompt":
+        row["weight"] = _number(row["weight"], "weight", where)
+        if row["weight"] < 0:
+            raise UsageError(f"{where}, column 'weight': expected a number of at least 0, got {row['weight']:g}.")
     if kind == "scored":
         row["score"] = _number(row["score"], "score", where)
     if kind not in ("stepwise", "ranking"):
@@ -346,6 +366,8 @@ def _answers(row: Row, kind: DataType, where: str) -> None:
     if any(c is None for c in row["completions"]):
         raise Fault("a completion is null")
     row["completions"] = [_side(c, f"{where}, column 'completions'") for c in row["completions"]]
+    if kind == "stepwise" and not all(isinstance(c, str) for c in row["completions"]):
+        raise UsageError(f"{where}, column 'completions': steps are text, got messages.")
     read = {"labels": _truth, "scores": _number, "ranks": _rank}[values]
     row[values] = [read(v, values, where) for v in row[values]]
     if not row["completions"] or any(map(says_nothing, row["completions"])):
@@ -405,7 +427,7 @@ def _repeats_in_sides(row: Row, kind: DataType) -> bool:
     if isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
         return False
     shared = row["chosen"][: split_turns(row["chosen"], row["rejected"])]
-    if not any(m["role"] == "user" and m.get("content", "").strip() == row["prompt"].strip() for m in shared):
+    if not any(m["role"] == "user" and str(m.get("content", "")).strip() == row["prompt"].strip() for m in shared):
         return False
     row["prompt"] = None
     return True

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prefzoo.data.chat import Encoded, LossOn, encode_prompts, encode_rows, encode_sides, turn_ends
+from prefzoo.data.chat import Encoded, LossOn, encode_prompts, encode_rows, encode_sides
 from prefzoo.data.formats import Dataset, DataType, Report, convert, load_dataset
 from prefzoo.data.rows import CONTENT, Fault, Row, asks, is_dialogue
 from prefzoo.data.samples import Kind, Ragged, Samples
 from prefzoo.data.store import MARK, Column, Store, Stored
+from prefzoo.models.tokenizer import end_ids
 from prefzoo.registry import UsageError
 from prefzoo.source import layer_hash
 
@@ -76,7 +77,7 @@ def tokenise(
     data = _as_kind(loaded, kind, loss_on)
     report = Report(loaded.report.source, data.type)
     report.add(loaded.report)
-    folder = None if cache is None else cache / _store_key(loaded, tokenizer, kind, loss_on, max_length)
+    folder = None if cache is None else cache / _store_key(loaded, tokenizer, kind, loss_on, max_length, strict)
     temporary = None
     if folder is None and data.streamed:
         temporary = Path(tempfile.mkdtemp(prefix="prefzoo-"))
@@ -119,8 +120,7 @@ def _as_kind(data: Dataset, kind: Kind, loss_on: LossOn | None) -> Dataset:
             raise UsageError(f"{name} has no meaning for {kind}: answers are compared, and all have the same prompt.")
     if lm:
         return data
-    data = convert(data, to)
-    return convert(data, "language_modeling") if kind == "completions" and loss_on in ("assistant", "all") else data
+    return convert(data, "language_modeling" if kind == "completions" and loss_on in ("assistant", "all") else to)
 
 
 def _write(
@@ -152,7 +152,7 @@ class _Writer:
         self.store, self.data, self.tokenizer, self.kind = store, data, tokenizer, kind
         self.max_length, self.strict = max_length, strict
         self.report = Report(data.report.source, data.type)
-        self.ends = turn_ends(tokenizer) if kind != "prompts" else set()
+        self.ends = set(end_ids(tokenizer)) if kind != "prompts" else set()
         self.bos = tokenizer.bos_token_id
         self.adds_bos = self.bos is not None and tokenizer("")["input_ids"][:1] == [self.bos]
         self.prompts: dict[
@@ -189,15 +189,21 @@ class _Writer:
             raise Fault("a prompt without tokens")
         if room <= 0:
             raise Fault(f"prompt reaches the limit of {self.max_length} tokens")
+        if not all(found.completions):
+            raise Fault("a completion without tokens")
         trained = [mask and mask[:room] for mask in found.trained]
         if any(mask is not None and not any(mask) for mask in trained):
             raise Fault(f"no token that carries loss within the limit of {self.max_length} tokens")
+        if self.kind == "pairs" and found.completions[0][:room] == found.completions[1][:room]:
+            raise Fault(f"sides that are identical within the limit of {self.max_length} tokens")
         cut, notes = self.report.cut, self.report.notes
         for ids, mask in zip(found.completions, found.trained, strict=True):
             if len(ids) > room:
                 cut[f"completions cut at {self.max_length} tokens (prompt + completion)"] += 1
             elif not self.ends.intersection(itertools.compress(ids, mask) if mask else ids):
                 notes["completions whose loss holds no token that ends the turn: nothing there teaches to stop"] += 1
+        if found.moved:
+            notes["prompts whose end is tokenised otherwise when they stand alone, as in rollouts"] += 1
         if self.adds_bos and is_bos(found.prompt, self.bos) != 1:
             doubled = is_bos(found.prompt, self.bos) > 1
             notes[
@@ -312,9 +318,14 @@ def _short(text: str, end: bool = False) -> str:
 
 
 def _store_key(
-    data: Dataset, tokenizer: PreTrainedTokenizerBase, kind: Kind, loss_on: LossOn | None, max_length: int
+    data: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Kind,
+    loss_on: LossOn | None,
+    max_length: int,
+    strict: bool,
 ) -> str:
-    facts = [data.hash(), tokenizer_hash(tokenizer), kind, loss_on, max_length, data.streamed, layer_hash()]
+    facts = [data.hash(), tokenizer_hash(tokenizer), kind, loss_on, max_length, strict, data.streamed, layer_hash()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
 

@@ -55,6 +55,8 @@ class TextReward(RewardSource):
         config = model.config.get_text_config()
         self.facts = getattr(model.config, REWARD_FILE, None) or {}
         positions = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+        padding = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
+        positions -= 0 if padding is None else padding + 1  # RoBERTa and its kin count positions from behind it
         limit = min(positions, tokenizer.model_max_length)
         self.limit = limit if limit < _NO_LIMIT else None
         # The library scores the last token that is not padding. Without a padding token it takes the very last one, of
@@ -106,6 +108,8 @@ class TextReward(RewardSource):
             )
         else:
             turns = [*prompt, {"role": "assistant", "content": answer}]
+            if prompt[-1]["role"] == "assistant":  # which the answer continues
+                turns[-2:] = [{**prompt[-1], "content": (prompt[-1].get("content") or "") + answer}]
             text, special = str(self.tokenizer.apply_chat_template(turns, tokenize=False)), False
         ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         self._read += 1

@@ -188,6 +188,7 @@ def _options(text: str) -> dict[str, Any]:
 
 def last_number(text: str) -> Decimal | None:
     """The number after the last ``####``, or else the last number of the text."""
+    text = text.replace("\u2212", "-")  # the sign that typesetters write
     tail = text.rpartition("####")[2] if "####" in text else text
     found = _NUMBER.findall(tail)
     if not found:
