@@ -198,14 +198,19 @@ def data(
     algorithm: Annotated[str | None, typer.Option("--for", metavar="NAME", help="as this algorithm reads it")] = None,
     examples: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
     columns: Columns = None,
-    max_length: Annotated[int, typer.Option(min=1, help="limit of prompt + completion, in tokens")] = 1024,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="limit of prompt + completion, in tokens; 1024 if not given")
+    ] = None,
     loss_on: Annotated[str | None, typer.Option(help="completion, assistant or all")] = None,
+    implicit_prompt: Annotated[
+        str, typer.Option(help="where pairs without prompt are split: word, or character as TRL does it")
+    ] = "word",
     strict: Annotated[bool, typer.Option("--strict", help="stop at the first faulty row")] = False,
 ) -> None:
     """What a data set is: its type, its faults, its lengths, and rows with the tokens that carry the loss."""
     from prefzoo.cli import data as shown
 
-    shown.show_data(files, model, algorithm, examples, columns, max_length, loss_on, strict)
+    shown.show_data(files, model, algorithm, examples, columns, max_length, loss_on, strict, implicit_prompt)
 
 
 @app.command()

@@ -34,9 +34,10 @@ def show_data(
     purpose: str | None = None,
     examples: int = 3,
     columns: str | None = None,
-    max_length: int = 1024,
+    max_length: int | None = None,
     loss_on: str | None = None,
     strict: bool = False,
+    implicit_prompt: str = "word",
 ) -> None:
     """Print what a data set is; with a model's tokenizer, also its lengths and the tokens that carry loss.
 
@@ -46,12 +47,18 @@ def show_data(
         purpose: an algorithm, or a kind of samples (pairs, unpaired, completions, prompts); None: what the type is for.
         examples: rows that are shown.
         columns: what the data calls its columns: ``chosen=good,rejected=bad``.
+        max_length: of prompt and completion, in tokens; None: 1024.
         loss_on: as in training: completion, assistant or all.
+        implicit_prompt: where pairs without prompt are split: word or character.
     """
     kind = None if purpose is None else _kind(purpose)
-    if model is None and loss_on is not None:
-        raise UsageError("--loss-on has no effect on text alone: give a --model, whose tokenizer reads it.")
-    data = load_dataset(list(files), strict=strict, columns=None if columns is None else read_columns(columns))
+    for option, value in (("--loss-on", loss_on), ("--max-length", max_length)):
+        if model is None and value is not None:
+            raise UsageError(f"{option} has no effect on text alone: give a --model, whose tokenizer reads it.")
+    data = load_dataset(
+        list(files), strict=strict, columns=None if columns is None else read_columns(columns),
+        implicit_prompt=cast(Any, implicit_prompt),
+    )  # fmt: skip
     console = Console(highlight=False, soft_wrap=True)
     if model is None:
         if kind is not None and not (kind == "completions" and data.type == "language_modeling"):
@@ -66,7 +73,7 @@ def show_data(
         return
     kind = kind or NATURAL[data.type]
     tokenizer = load_tokenizer(model)
-    samples, report = tokenise(data, tokenizer, kind, max_length=max_length, loss_on=cast(Any, loss_on))
+    samples, report = tokenise(data, tokenizer, kind, max_length=max_length or 1024, loss_on=cast(Any, loss_on))
     report.masked = None  # the examples say it
     _say(console, data.report.lines()[:1])
     _describe(console, data)

@@ -26,7 +26,7 @@ from prefzoo.cli.data import show_row
 from prefzoo.cli.training import read_all
 from prefzoo.data.formats import Dataset, load_dataset
 from prefzoo.training import Steps, TrainConfig, steps
-from prefzoo.training.setup import resolve
+from prefzoo.training.setup import reading_of, resolve
 
 ROWS = 8
 OPTIONAL = {  # package -> what it is for
@@ -112,11 +112,11 @@ def dry_run(name: str, merged: Mapping[str, Any]) -> tuple[dict[str, str], Steps
     mine = ("model", "reward", "reward_weights", "reference", "ptx_dataset")
     arguments = {k: merged.pop(k) for k in mine if k in merged}
     dataset = merged.pop("dataset", None)
-    for key in ("eval_steps", "eval_split", "best_mode", "patience", "report_to"):
+    for key in ("eval_steps", "eval_split", "eval_samples", "best_mode", "patience", "report_to"):
         merged.pop(key, None)
     algorithm, config = resolve(name, merged, merged.pop("config", None), arguments)
     data = first_rows(dataset, config)
-    short: dict[str, Any] = {"max_steps": 2, "logging_steps": 1, "streaming": False, "columns": None}
+    short: dict[str, Any] = {"max_steps": 2, "logging_steps": 1, "streaming": False, "columns": None, "cache_dir": None}
     if not algorithm.stages[0].on_policy:
         short["rows_per_step"] = ROWS
     config = config.model_copy(update=short)
@@ -153,10 +153,7 @@ def dry_run(name: str, merged: Mapping[str, Any]) -> tuple[dict[str, str], Steps
 
 def first_rows(dataset: Any, config: TrainConfig) -> Dataset:
     """The first rows of a data set, read under the run's own rules."""
-    found = load_dataset(
-        dataset, strict=config.strict, columns=config.columns, implicit_prompt=config.implicit_prompt,
-        streaming=config.streaming,
-    )  # fmt: skip
+    found = load_dataset(dataset, **reading_of(config), deduplicate=config.deduplicate, streaming=config.streaming)
     rows = list(islice(found, ROWS))
     return Dataset(rows, found.type, replace(found.report, rows=len(rows)))
 

@@ -38,9 +38,7 @@ class _Turns:
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[Ids]:
     """Ids of prompts: with the tokenizer's own special tokens (BOS), or through the chat template for messages."""
-    if prompts and not isinstance(prompts[0], str):
-        return _plain_ids(tokenizer, [_render_prompt(tokenizer, {}, p) for p in prompts])
-    return _text_ids(tokenizer, prompts)
+    return [_or_raise(e).prompt for e in encode_rows(tokenizer, [{"prompt": p} for p in prompts], [])]
 
 
 def encode_sides(
@@ -119,7 +117,7 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     if not texts:
         return []
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    appended = eos is not None and len(texts) and tokenizer("")["input_ids"][-1:] == [eos] != [bos]
+    appended = eos is not None and tokenizer("")["input_ids"][-1:] == [eos] != [bos]
     found = []
     for text, ids in zip(texts, tokenizer(list(texts), verbose=False)["input_ids"], strict=True):
         ids = ids[:-1] if appended else ids  # a prompt has no end, an answer gets its own
@@ -281,7 +279,7 @@ def assistant_mask(tokenizer: PreTrainedTokenizerBase, row: Row, turns: _Turns, 
     if not tokenizer.is_fast:
         raise UsageError("loss on the assistant's turns only needs a fast tokenizer, which knows where tokens begin.")
     said, text = turns.said, turns.text
-    arguments = {**row.get("chat_template_kwargs", {}), "tools": row.get("tools")}
+    arguments = {**row.get("chat_template_kwargs", {}), "tools": row.get("tools"), "add_generation_prompt": False}
     if re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.get_chat_template(tools=row.get("tools")))):
         marked = tokenizer.apply_chat_template(
             list(said), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **arguments

@@ -28,6 +28,8 @@ def _prompt(row: Row, report: Report) -> Iterable[Row]:
 
 
 def _chosen(row: Row, report: Report) -> Iterable[Row]:
+    if row.get("tie"):
+        report.notes["demonstrations are the chosen side of a tie"] += 1
     yield {**_without(row, "chosen", "rejected", "tie"), "completion": row["chosen"]}
 
 

@@ -316,6 +316,11 @@ def normal_row(row: Row, kind: DataType, implicit_prompt: str, where: str) -> Ro
         _template_columns(row, where)
     if kind == "preference":
         _pair(row, implicit_prompt)
+    if "messages" in columns and isinstance(row.get("label"), int) and row["label"] in (0, 1):
+        raise UsageError(
+            f"{where}, column 'label': whole dialogues have no label; give 'prompt' and 'completion' with it (type "
+            "unpaired), or, if it says nothing of how good they are, another name: columns={'topic': 'label'}."
+        )
     if any(says_nothing(row[c]) for c in ("completion", "messages", "text") if c in columns):
         raise Fault("an empty completion" if "completion" in columns else "an empty text")
     if "prompt" in row and kind != "language_modeling":

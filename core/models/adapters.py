@@ -70,12 +70,17 @@ def add_adapter(
         torch.manual_seed(adapter.seed)
         try:
             made = peft.get_peft_model(model, config)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             linear = {n.rpartition(".")[2] for n, m in model.named_modules() if "Linear" in type(m).__name__}
             names = linear or {n.rpartition(".")[2] for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
             raise UsageError(
                 f"no adapter on {targets!r}: {first_line(error)}. Linear layers: {', '.join(sorted(names))}."
             ) from error
+    embeddings = [e for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None]
+    if new_ids and any("lora_" in name for layer in embeddings for name, _ in layer.named_parameters()):
+        raise UsageError(
+            f"new tokens have embeddings of their own to train; leave those out of lora_targets {targets!r}."
+        )
     return made
 
 
@@ -141,8 +146,20 @@ def merged(policy: Policy) -> Policy:
     return Policy(merge_into(copy.deepcopy(policy).adapter), fp32_head=policy.fp32_head)
 
 
+def _untie(model: PreTrainedModel) -> None:
+    """An adapter on one of two tied embeddings is added to that one alone, so they part."""
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if layers[1] is None or layers[0].weight is not layers[1].weight:
+        return
+    if any("lora_" in name for layer in layers for name, _ in layer.named_parameters()):
+        head = getattr(layers[1], "base_layer", layers[1])
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
 def merge_into(adapter: Any) -> Any:
     """Add an adapter to the weights under it, in place; the model without it."""
+    _untie(adapter.get_base_model())
     with in_words("this kind of adapter cannot be merged"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: nn.Module = adapter.merge_and_unload(safe_merge=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefzoo.models.adapters import Adapter, add_adapter, check_same, merge_into, merged, open_adapter
 from prefzoo.models.causal import (
@@ -116,8 +116,8 @@ def _with_adapter(source: Any, revision: str | None, options: dict[str, Any], no
         return copy.deepcopy(source) if source.adapter is not None else None
     if hasattr(source, "peft_config") and hasattr(source, "get_base_model"):  # a PeftModel
         adapter = copy.deepcopy(source)
-        base = adapter.active_peft_config.base_model_name_or_path
-        return Policy(prepare(adapter.get_base_model()), adapter, base=base or None)
+        note("the model is in memory, so its adapter could not say what it belongs to: the result is written merged.")
+        return Policy(prepare(adapter.get_base_model()), adapter)
     if not isinstance(source, str | Path):
         return None
     facts = adapter_facts(source, revision)
@@ -157,10 +157,20 @@ def _stop_where_answers_end(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         return
     ends = end_ids(tokenizer, model)
     settings.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+    if not _valid(settings):
+        settings.do_sample = True  # many published folders have a temperature without sampling
+    if not _valid(settings):  # flags that contradict each other: the ids are what matters
+        model.generation_config = GenerationConfig(
+            bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+
+
+def _valid(settings: GenerationConfig) -> bool:
     try:
         settings.validate(strict=True)
-    except ValueError:  # such as a temperature without sampling, which many published folders have
-        settings.do_sample = True
+    except ValueError:
+        return False
+    return True
 
 
 __all__ = [

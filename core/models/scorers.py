@@ -232,7 +232,7 @@ def _difference(classifier: Any, scorer: Scorer, offset: float) -> float:
         ours = scorer(TreeBatch.of(pack_rows([(p, [c]) for p, c in rows]), device)).rewards_B
         assert ours is not None
         shared.eval()
-        classifier.set_attn_implementation("eager")
+        shared.set_attn_implementation("eager")  # of the trunk itself: older versions do not pass it on
         width = max(sum(size) for size in sizes)
         ids = torch.tensor([p + c + [pad] * (width - len(p + c)) for p, c in rows], device=device)
         found = classifier(input_ids=ids, attention_mask=(ids != pad).long(), use_cache=False).logits[:, 0]

@@ -39,7 +39,7 @@ from prefzoo.training.records import build_record, loss_mask
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or its gradient is not finite; raised before the step, so the weights are the last good ones."""
+    """The loss or its gradient is not finite; raised before the step, which is not taken."""
 
 
 TAKEN = ("loss", "reward", "reward_std", "kl", "entropy", "epoch", "num_tokens", "learning_rate", "grad_norm")
@@ -316,7 +316,9 @@ class Engine:
         add("entropy", -samples.tokens["old_logps"])  # unbiased: the samples are the policy's own
         groups = scores_B.view(len(samples.prompts), -1)
         if groups.shape[1] > 1:
-            add("reward_std", groups.std(1).nan_to_num())
+            known_P = (~groups.isnan()).sum(1)
+            squares_P = (groups - groups.nanmean(1, keepdim=True)).square().nansum(1)
+            add("reward_std", (squares_P / (known_P - 1).clamp(min=1)).sqrt()[known_P > 1])
             # By the extremes: rounding may leave a standard deviation above 0. The missing do not count.
             highest, lowest = groups.nan_to_num(-math.inf).amax(1), groups.nan_to_num(math.inf).amin(1)
             add("frac_reward_zero_std", (highest <= lowest).float())
@@ -406,7 +408,7 @@ class Engine:
             for micro in plans[name]:
                 part = rows.take(micro) if len(plans[name]) > 1 else rows
                 self._backward(name, part, sizes, shared, losses)
-        self.spent.trained_tokens += int(sum(len(b.completions.flat) for b in batches.values()))
+        self.spent.trained_tokens += int(sum(loss_mask(b, b.mask_BT()).sum() for b in batches.values()))
         for term, value in losses.items():
             self.now.add(term, value)
         self._step(progress, number, losses)
@@ -474,7 +476,7 @@ class Engine:
 
     def _refuse_splitting(self, plans: Mapping[str, list[np.ndarray]]) -> None:
         for term in self.stage.terms:
-            pieces = len(plans[term.rows])
+            pieces = len(plans.get(term.rows, ()))
             if term.loss.entry.tags["whole_batch"] and pieces > 1:
                 raise UsageError(
                     f"loss {term.loss.name!r} couples the rows of a batch, but tokens_per_batch="
@@ -497,8 +499,8 @@ class Engine:
         ]
         if bad:
             raise NonFiniteError(
-                f"step {number + 1}: {', '.join(bad)} not finite; stopped before the step, so the weights are the last "
-                "good ones. Lower the learning rate, or look at the rows and rewards of this step."
+                f"step {number + 1}: {', '.join(bad)} not finite; stopped before the step. Lower the learning rate, or "
+                "look at the rows and rewards of this step."
             )
         for role, trained in self.trained.items():
             for group in trained.optimizer.param_groups:

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefzoo.algorithm import Algorithm
+from prefzoo.algorithm import Algorithm, Stage
 from prefzoo.data.samples import Samples
 from prefzoo.models.load import load_policy, load_scorer, load_tokenizer, save_policy, save_scorer, set_checkpointing
 from prefzoo.models.roles import Policy, Scorer
@@ -87,11 +88,12 @@ class Steps:
         if settings.best_metric is not None and output_dir is None:
             raise UsageError("best_metric needs output_dir: the best model is kept in OUTPUT/best.")
         self.push_to_hub = push_to_hub
-        self.callbacks = [callback] if callable(callback) else list(callback)
+        self.callbacks = list(callback) if isinstance(callback, list | tuple) else [callback]
         for call in self.callbacks:
             if not callable(call):
                 raise UsageError(f"callback: expected a function f(step, policy, metrics), got {type(call).__name__}.")
         output.check_folder(output_dir)
+        setup.check_cache(settings)
         self.device = setup.device_of(settings)
         self.log = RunLog(None if output_dir is None else Path(output_dir), chosen.name, quiet=quiet)
         self.data, self.held_out = setup.read_data(chosen, dataset, eval_dataset, settings)
@@ -106,7 +108,7 @@ class Steps:
         self.facts = {"model": _name_of(model), "reward": _name_of(reward), "reference": _name_of(reference)}
         self.ptx_dataset = ptx_dataset
         self.folder = output.make_folder(output_dir)
-        self.spent = Spent()
+        self._done = Spent()  # by earlier stages
         self.scorer: Scorer | None = None
         self.engine: Engine | None = None  # of the stage that runs
         self.best: dict[str, Any] | None = None
@@ -127,57 +129,74 @@ class Steps:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._steps.close()
+        if error is not None:
+            self._interrupted()
 
     def finish(self) -> Run:
         """End the run here: what is trained so far is the result, written to ``output_dir``."""
         if self.result is None:
             self._steps.close()
+            if self.engine is None:
+                raise UsageError("finish() before the first step: there is nothing to keep.")
             self.result = self._finish()
         return self.result
 
+    @property
+    def spent(self) -> Spent:
+        """What the run has cost so far."""
+        return self._done if self.engine is None else self._done + self.engine.spent
+
     def _all_steps(self) -> Generator[Step]:
-        chosen, settings = self.algorithm, self.settings
         try:
             with self.log:
-                self.log.open_trackers(settings.report_to, self._described())
-                for number, stage in enumerate(chosen.stages):
-                    self.engine, held = setup.make_engine(
-                        stage, settings, policy=self.policy, tokenizer=self.tokenizer, data=self.data,
-                        held_out=self.held_out, ptx_dataset=self.ptx_dataset, reward=self.source, anchor=self.anchor,
-                        device=self.device, log=self.log,
-                    )  # fmt: skip
-                    engine = self.engine
-                    if settings.gradient_checkpointing:
-                        for trained in engine.trained.values():
-                            set_checkpointing(trained.module)
-                    self.scorer = engine.scorer
-                    before = self.spent
-                    total = engine.total_steps
-                    self.log.begin(total)
-                    every = settings.eval_steps or math.ceil(total / 10)
-                    if held is not None:
-                        self._evaluate(engine, held, 0)
-                    for step, values, logged in engine.run():
-                        self.spent = before + engine.spent
-                        evaluation, going_on = None, True
-                        if held is not None and (step % every == 0 or step == total):
-                            evaluation = self._evaluate(engine, held, step)
-                            going_on = settings.patience is None or self._waited < settings.patience
-                        if logged is not None:
-                            answers = [call(step, self.policy, logged) for call in self.callbacks]
-                            going_on = going_on and not any(answer is True for answer in answers)
-                        yield Step(step, total, values, evaluation, self.policy, number)
-                        if not going_on:
-                            self.log.note(f"stopped after step {step} of {total}.")
-                            break
-            self.result = self._finish()
+                self.log.open_trackers(self.settings.report_to, self._described())
+                for number, stage in enumerate(self.algorithm.stages):
+                    if not (yield from self._stage_steps(number, stage)):
+                        break
         except GeneratorExit:  # finish(), or the caller dropped the iterator
             raise
         except BaseException:
-            if self.spent.optimizer_steps and self.folder is not None:
-                where = self._save("interrupted")
-                self.log.say(f"stopped after {self.spent.optimizer_steps} optimizer steps; the model is in {where}")
+            self._interrupted()
             raise
+        self.result = self._finish()
+
+    def _stage_steps(self, number: int, stage: Stage) -> Generator[Step, None, bool]:
+        """The steps of one stage; whether the run goes on after it."""
+        settings = self.settings
+        self._done, self.engine = self.spent, None
+        engine, held = setup.make_engine(
+            stage, settings, policy=self.policy, tokenizer=self.tokenizer, data=self.data, held_out=self.held_out,
+            ptx_dataset=self.ptx_dataset, reward=self.source, anchor=self.anchor, device=self.device, log=self.log,
+        )  # fmt: skip
+        self.engine, self.scorer = engine, engine.scorer
+        self.best, self._waited = None, 0  # stages differ in what they measure
+        if settings.gradient_checkpointing:
+            for trained in engine.trained.values():
+                set_checkpointing(trained.module)
+        total = engine.total_steps
+        self.log.begin(total)
+        every = settings.eval_steps or math.ceil(total / 10)
+        if held is not None:
+            self._evaluate(engine, held, 0)
+        for step, values, logged in engine.run():
+            evaluation, going_on = None, True
+            if held is not None and (step % every == 0 or step == total):
+                evaluation = self._evaluate(engine, held, step)
+                going_on = settings.patience is None or self._waited < settings.patience
+            if logged is not None:
+                answers = [call(step, self.policy, logged) for call in self.callbacks]
+                going_on = going_on and not any(answer is True for answer in answers)
+            yield Step(step, total, values, evaluation, self.policy, number)
+            if not going_on:
+                self.log.note(f"stopped after step {step} of {total}.")
+                return False
+        return True
+
+    def _interrupted(self) -> None:
+        """Keep what was trained when the run cannot go on."""
+        if self.spent.optimizer_steps and self.folder is not None and self.result is None:
+            where = self._save("interrupted")
+            self.log.say(f"stopped after {self.spent.optimizer_steps} optimizer steps; the model is in {where}")
 
     def _evaluate(self, engine: Engine, held_out: Samples, step: int) -> dict[str, float]:
         """Evaluate, and keep the model if it is the best so far."""
@@ -188,6 +207,9 @@ class Steps:
             return values
         metric = s.best_metric or ("eval/reward" if engine.stage.on_policy else "eval/loss")
         metric = metric if metric.startswith("eval/") else f"eval/{metric}"
+        if metric not in values and self.best is not None:  # such as a reward that nobody gave this time
+            self._waited += 1
+            return values
         if metric not in values:
             raise UsageError(
                 f"best_metric: no metric {metric!r}{suggest(metric, values)} There are: {', '.join(values)}."
@@ -195,7 +217,8 @@ class Steps:
         mode = s.best_mode or ("min" if any(word in metric for word in ("loss", "kl")) else "max")
         value = values[metric]
         sign = 1 if mode == "max" else -1
-        if self.best is not None and not sign * value > sign * self.best["value"]:
+        known = self.best is not None and not math.isnan(self.best["value"])
+        if self.best is not None and known and not sign * value > sign * self.best["value"]:
             self._waited += 1
             return values
         self.best, self._waited = {"metric": metric, "value": value, "step": step}, 0
@@ -225,6 +248,9 @@ class Steps:
     def _save(self, name: str) -> Path:
         """The model as it is, as a folder; an older one of that name is replaced only when the new one is whole."""
         assert self.folder is not None
+        module = self.scorer or self.policy
+        if not all(bool(torch.isfinite(p).all()) for p in module.parameters() if p.requires_grad):
+            self.log.say("the weights are not finite: an earlier step was too large for them. Lower the learning rate.")
         with output.replacing(self.folder / name) as aside:
             if self.scorer is not None:
                 save_scorer(self.scorer, self.tokenizer, aside, note=self.log.note)

@@ -99,7 +99,7 @@ def _without_effect(
         out.append((("final_learning_rate",), "the learning rate stays constant"))
     if not settings.lora:
         out.append((("lora_rank", "lora_alpha", "lora_targets", "merge", "load_in_4bit"), "there is no adapter (lora)"))
-    if settings.precision == "float32":
+    if settings.precision == settings.dtype == "float32":
         out.append((("fp32_head",), "the forward pass is in float32 anyway"))
     if algorithm.trains_reward:
         out.append((("fp32_head",), "a reward head is in float32 anyway"))
@@ -112,6 +112,11 @@ def _without_effect(
     if settings.best_metric is None and settings.patience is None:
         out.append((("best_mode",), "no best model is looked for (best_metric or patience)"))
     return out
+
+
+def check_cache(settings: TrainConfig) -> None:
+    if settings.cache_dir is not None and settings.cache_dir.exists() and not settings.cache_dir.is_dir():
+        raise UsageError(f"cache_dir {str(settings.cache_dir)!r} is a file; give a folder.")
 
 
 def device_of(settings: TrainConfig) -> torch.device:
@@ -195,7 +200,10 @@ def anchor(reference: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainCo
             f"reference {str(reference)!r}: its tokenizer has other ids than the policy's, so it would score other "
             "words; give a model with the same tokenizer."
         )
-    policy = load_policy(reference, dtype=getattr(torch, settings.dtype), tokenizer=tokenizer, note=note)
+    policy = load_policy(
+        reference, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code,
+        tokenizer=tokenizer, note=note,
+    )  # fmt: skip
     policy.fp32_head = settings.fp32_head
     return policy.requires_grad_(False)
 
