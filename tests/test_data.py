@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 import prefzoo.data.tokens as tokens_module
 from prefzoo.data.formats import Dataset, Report, convert, load_dataset, split_text
@@ -94,6 +95,12 @@ def test_an_implicit_prompt_loses_nothing_and_tears_no_word(prefix: str, left: s
     cut = split_text(chosen, rejected)
     assert chosen[:cut] == rejected[:cut] and cut == split_text(rejected, chosen)
     assert cut == 0 or (chosen[cut : cut + 1].isspace() and rejected[cut : cut + 1].isspace())
+
+
+@given(st.sampled_from(["The sky is", "a", " x y"]), st.sampled_from([" \n", "\n ", "\t ", "\n\t"]))
+def test_an_implicit_prompt_ends_where_both_answers_begin_with_a_space(prompt: str, spaces: str) -> None:
+    """Each with another one, which leaves the last word whole."""
+    assert split_text(prompt + spaces[0] + "blue", prompt + spaces[1] + "up") == len(prompt)
 
 
 CONVERTED: dict[tuple[str, str], list[dict[str, Any]]] = {
@@ -185,6 +192,17 @@ def test_faults_of_unpaired_rows(row: dict[str, Any], fault: str) -> None:
 
 
 WRONG_TYPES: dict[str, tuple[dict[str, Any], str]] = {
+    "steps of messages": (
+        {"prompt": [USER], "completions": [[ASSISTANT], [BYE]], "labels": [True, False]},
+        "column 'completions': steps are text, got messages",
+    ),
+    "a dialogue with a label": (
+        {"messages": [USER, ASSISTANT], "label": False}, "column 'label': whole dialogues have no label; give 'prompt'",
+    ),
+    "a ShareGPT dialogue with a label": (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "label": 1},
+        "column 'label': whole dialogues have no label.*another name",
+    ),
     "a number for text": ({**PAIR, "rejected": 3}, "column 'rejected': expected text or a list of messages, got 3 "),
     "texts for messages": ({**PAIR, "prompt": ["say:"]}, "column 'prompt', message 1: expected a mapping with role"),
     "no content": (
@@ -432,6 +450,15 @@ def test_ids_are_stored_once_and_memory_mapped(kind: Any, words: Any, tmp_path: 
         assert isinstance(second.completions.flat, np.memmap)
 
 
+def test_what_is_strict_believes_no_store_that_was_not(words: Any, tmp_path: Path) -> None:
+    rows = [PAIR, {**PAIR, "prompt": "say a: " * 40}]
+    for again in (False, True):
+        assert len(tokenise(rows, words, "pairs", max_length=20, cache=tmp_path)[0]) == 1
+        with pytest.raises(UsageError, match="prompt reaches the limit of 20 tokens; it starts"):
+            tokenise(rows, words, "pairs", max_length=20, cache=tmp_path, strict=True)
+        assert len(list(tmp_path.iterdir())) == 1, again
+
+
 def test_what_changes_the_samples_changes_the_store(words: Any, tmp_path: Path, encoded: list[int]) -> None:
     """Another text, kind, limit, tokenizer or template: never somebody else's samples."""
     other = learn_tokenizer(["say a: a b"], 262)
@@ -476,6 +503,99 @@ def test_the_store_is_a_list_of_ids(tmp_path: Path) -> None:
     loaded = Ragged.load(tmp_path, "x")
     assert isinstance(loaded.flat, np.memmap) and [loaded[i].tolist() for i in range(3)] == [[5, 6], [], [7]]
     assert loaded.take([2, 0, 0, 1]).flat.tolist() == [7, 5, 6, 5, 6]
+
+
+# ------------------------------------------------------------------------------------------------ boundaries
+
+
+def whole(samples: Samples, words: Any) -> list[str]:
+    """Prompt and completion of each, as text."""
+    ids = [[*samples.prompts[p], *samples.completions[b]] for b, p in enumerate(samples.prompt_B)]
+    return [words.decode([int(i) for i in row], skip_special_tokens=True) for row in ids]
+
+
+def test_where_one_side_merges_with_the_prompt_no_text_is_lost() -> None:
+    """The sides share the shorter prompt: what merges on one of them goes to both completions."""
+    words = learn_tokenizer(["the sky is blue"] * 9, 300)
+    pair = {"prompt": "the sk", "chosen": "y is", "rejected": " blue"}
+    sides = [
+        tokenise([{"prompt": "the sk", "completion": pair[s]}], words, "completions") for s in ("chosen", "rejected")
+    ]
+    lengths = [len(s.prompts[0]) for s, _ in sides]
+    assert lengths[0] < lengths[1], "sky is one token, sk is another"
+    samples, report = tokenise([pair], words, "pairs")
+    assert whole(samples, words) == ["the sky is", "the sk blue"] and len(samples.prompts[0]) == lengths[0]
+    note = "prompts whose end is tokenised otherwise when they stand alone, as in rollouts"
+    assert [r.notes[note] for r in (sides[0][1], sides[1][1], report)] == [1, 0, 1]
+
+
+def with_ends(*pieces: str) -> Any:
+    """A tokenizer that puts special tokens where told."""
+    words = learn_tokenizer(["say a: a b c d"], 300)
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join(pieces),
+        special_tokens=[(words.bos_token, words.bos_token_id), (words.eos_token, words.eos_token_id)],
+    )
+    return words
+
+
+@pytest.mark.parametrize("kind", ["pairs", "completions", "prompts"])
+def test_a_tokenizer_that_ends_every_text_gives_the_same(kind: Any) -> None:
+    """A prompt has no end, and an answer one."""
+    plain, ending = with_ends("<bos>", "$A"), with_ends("<bos>", "$A", "<eos>")
+    assert ending("a")["input_ids"] == [*plain("a")["input_ids"], plain.eos_token_id]
+    found = [tokenise([PAIR, {**PAIR, "chosen": " c<eos>"}], words, kind)[0] for words in (plain, ending)]
+    assert [s.prompts.flat.tolist() for s in found] == [found[0].prompts.flat.tolist()] * 2
+    assert [s.completions.flat.tolist() for s in found] == [found[0].completions.flat.tolist()] * 2
+    texts = [tokenise([{"text": "a b"}], words, "completions")[0].completions[0].tolist() for words in (plain, ending)]
+    assert texts[0] == texts[1] and texts[0].count(plain.eos_token_id) == 1
+
+
+def test_a_text_that_is_only_its_end_is_a_fault() -> None:
+    """Without BOS nothing is left to learn from once the first token is the prompt."""
+    words = with_ends("$A")
+    samples, report = tokenise([{"text": "<eos>"}, {"text": "a b"}], words, "completions")
+    assert len(samples) == 1 and report.dropped == {"a completion without tokens": 1}
+
+
+def test_pairs_that_are_identical_after_the_cut_are_left_out(words: Any) -> None:
+    row = {"prompt": "say:", "chosen": " a b c d a", "rejected": " a b c d b"}
+    full, _ = tokenise([row], words, "pairs")
+    for limit in range(len(full.prompts[0]) + 1, len(full.prompts[0]) + int(full.completions.lengths[0])):
+        samples, report = tokenise([row, PAIR], words, "pairs", max_length=limit)
+        one, other = (full.completions[i][: limit - len(full.prompts[0])].tolist() for i in (0, 1))
+        reason = f"sides that are identical within the limit of {limit} tokens"
+        assert len(samples) == 2 - (one == other) and report.dropped == ({reason: 1} if one == other else {})
+
+
+def test_ties_are_no_pairs(words: Any) -> None:
+    """With them or without, the same samples; and they are counted."""
+    rows = [PAIR, {**PAIR, "chosen": " c", "tie": True}, {**PAIR, "chosen": " d", "tie": False}]
+    found = [tokenise(r, words, "pairs") for r in (rows, rows[::2])]
+    assert found[0][0].completions.flat.tolist() == found[1][0].completions.flat.tolist()
+    assert [r.cut["ties left out: no loss learns from them yet"] for _, r in found] == [1, 0]
+    done, report = tokenise(rows, words, "completions")
+    assert len(done) == 3 and report.notes["demonstrations are the chosen side of a tie"] == 1
+
+
+@pytest.mark.parametrize("kind", ["pairs", "completions", "unpaired"])
+def test_a_negative_weight_is_refused_where_it_stands(kind: Any, words: Any, tmp_path: Path) -> None:
+    """By its row in the file, whatever was dropped before it or made of it."""
+    file = tmp_path / "d.jsonl"
+    rows = [{**PAIR, "weight": 1}, {**PAIR, "chosen": None, "weight": 1}, {**PAIR, "weight": -1}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        UsageError, match=r"data d\.jsonl, row 3, column 'weight': expected a number of at least 0, got -1"
+    ):
+        tokenise(load_dataset(file), words, kind)
+
+
+def test_what_both_conversions_leave_out_is_counted(words: Any) -> None:
+    """On the way from rated answers over demonstrations to whole texts."""
+    rows = [{"prompt": "say:", "completion": " a", "label": label} for label in (True, False, False)]
+    for loss_on in (None, "all"):
+        samples, report = tokenise(rows, words, "completions", loss_on=loss_on)  # type: ignore[arg-type]
+        assert len(samples) == 1 and report.cut == {"undesirable completions left out": 2}
 
 
 # ------------------------------------------------------------------------------------------------ samples

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -219,6 +220,16 @@ def test_splits_are_never_mixed(tmp_path: Path) -> None:
         load_dataset(f"{tmp_path}:tst")
 
 
+def test_files_of_splits_beside_others_are_refused(tmp_path: Path) -> None:
+    """Either could be what is meant, and reading both would train on the test rows."""
+    for name in ("pairs", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}))
+    with pytest.raises(UsageError, match=r"files of splits \(test\) and others \(pairs\.jsonl\).*'FOLDER:split'"):
+        load_dataset(tmp_path)
+    assert load_dataset(f"{tmp_path}:test").rows == [{"prompt": "test"}]
+    assert load_dataset(tmp_path / "pairs.jsonl").rows == [{"prompt": "pairs"}]
+
+
 def test_hub_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
@@ -280,6 +291,18 @@ def test_cells_of_csv_files_keep_what_they_say(tmp_path: Path) -> None:
     assert load_dataset(write(tmp_path, "csv", rows)).rows == rows
 
 
+@pytest.mark.parametrize("said_as", ["{}", "[{}]"])
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value"), ("content", "role")])
+def test_messages_as_python_prints_them_are_refused(keys: tuple[str, str], said_as: str, tmp_path: Path) -> None:
+    """They would be trained on as text; as JSON the same cell holds messages."""
+    cell = {keys[0]: "user", keys[1]: "assistant"}
+    rows = [{"prompt": said_as.format(write_as(cell)), "completion": "x"} for write_as in (str, json.dumps)]
+    with pytest.raises(UsageError, match=r"row 1, column 'prompt': messages as Python prints them.*json\.dumps"):
+        load_dataset(write(tmp_path, "csv", rows[:1]))
+    with pytest.raises(UsageError, match="text and messages in one row"):
+        load_dataset(write(tmp_path, "csv", rows[1:]))
+
+
 # ------------------------------------------------------------------------------------------------ columns
 
 
@@ -293,6 +316,10 @@ def test_columns_under_other_names() -> None:
         UsageError, match=r"there is no column 'goood'; did you mean 'good'\? Its columns: question, go"
     ):
         load_dataset(rows, columns={"chosen": "goood"})
+    loaded = load_dataset(rows, columns=names)
+    for options, name in (({"columns": names}, "columns"), ({"streaming": True}, "streaming")):
+        with pytest.raises(UsageError, match=f"{name} has no effect on data list, which are loaded already"):
+            load_dataset(loaded, **options)  # type: ignore[arg-type]
 
 
 @given(st.text("ab ", max_size=6), st.text("ab ", max_size=4), st.text("ab ", max_size=4))
@@ -365,7 +392,7 @@ def test_weights_are_the_shares_of_a_mixture(a: int, b: int, w: int, v: int, see
 
 
 def test_every_source_has_a_weight_or_none() -> None:
-    for weights in ([1, None], [1, 0], [1, -1], [1, "2"]):
+    for weights in ([1, None], [1, 0], [1, -1], [1, "2"], [1, float("inf")], [1, float("nan")]):
         with pytest.raises(UsageError, match="every source needs one above zero, or none has one"):
             load_dataset([DataSource(numbered("a", 3), weight=w) for w in weights])
     data = load_dataset([{"path": numbered(n, 8), "weight": w} for n, w in (("a", 3), ("b", 1))])
@@ -374,6 +401,26 @@ def test_every_source_has_a_weight_or_none() -> None:
         "rows taken of the 8 of source 1, list": 8,
         "rows taken of the 8 of source 2, list": 2,
     } and data.rows != sorted(data.rows, key=str)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_shares_are_those_of_the_rows_that_are_kept(streaming: bool) -> None:
+    """Nine of ten rows of a are copies, half of b asks what the evaluation asks: still one to one."""
+    parts = [DataSource(numbered("a", 10) * 10, weight=1), DataSource(numbered("b", 40), weight=1)]
+    options: dict[str, Any] = {"deduplicate": True, "without_prompts_of": numbered("b", 20), "streaming": streaming}
+    data = load_dataset(parts, **options)
+    assert Counter(r["prompt"][0] for r in data) == {"a": 10, "b": 10}
+    assert data.report.cut == {
+        "exact copies of earlier rows left out": 90,
+        "rows left out: their prompt is in the evaluation data list": 20,
+    }
+
+
+def test_the_seed_chooses_the_rows_of_a_mixture() -> None:
+    """Not the first ones: over some seeds any row is taken, whether or not the other source fills up."""
+    parts = [DataSource(numbered("a", 8), weight=1), DataSource(numbered("b", 2), weight=1)]
+    taken = [frozenset(r["prompt"] for r in load_dataset(parts, seed=s) if r["prompt"][0] == "a") for s in range(40)]
+    assert len(set(taken)) > 5 and frozenset().union(*taken) == {f"a{i}" for i in range(8)}
 
 
 # ------------------------------------------------------------------------------------------------ copies, overlap
@@ -404,6 +451,27 @@ def test_prompts_of_the_evaluation_are_left_out(streaming: bool) -> None:
         load_dataset(pairs, without_prompts_of=pairs, streaming=streaming)
 
 
+def test_copies_are_compared_to_the_last_item() -> None:
+    """The text of a long array leaves its middle out."""
+    whole = np.arange(3000)
+    rows = [{"prompt": "a", "x": x} for x in (whole, whole.copy(), np.where(whole == 1500, 7, whole))]
+    assert len(load_dataset(rows, deduplicate=True)) == 2
+
+
+@pytest.mark.parametrize("asked", [
+    " Colour?\n", said("user: Colour?"), said("user:  Colour? "), [{"role": "user", "content": "Colour?", "id": 7}],
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", ["text", "message", "dialogue"])
+def test_a_question_is_the_same_in_any_dress(kind: str, asked: Any) -> None:
+    """White space at its ends, other keys of messages, text or one message of the user."""
+    row = {"text": {"prompt": "Colour?", "completion": "Red."}, "message": {"prompt": ASK, "completion": RED},
+           "dialogue": {"messages": ASK + RED}}[kind]  # fmt: skip
+    with pytest.raises(UsageError, match=r"no usable row is left(?s:.)*their prompt is in the evaluation data"):
+        load_dataset([row], without_prompts_of=[{"prompt": asked}])
+    for other in ("Col our?", said("system: Be.", "user: Colour?"), said("tool: Colour?")):
+        assert len(load_dataset([row], without_prompts_of=[{"prompt": other}])) == 1
+
+
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=30), st.floats(0.05, 0.95), st.integers(0, 5))
 def test_no_prompt_is_on_both_sides_of_a_split(prompts: list[int], share: float, seed: int) -> None:
     if len(set(prompts)) < 2:
@@ -416,6 +484,12 @@ def test_no_prompt_is_on_both_sides_of_a_split(prompts: list[int], share: float,
     )
     assert len(right) == min(max(round(share * len(set(prompts))), 1), len(set(prompts)) - 1)
     assert split_by_prompt(data, share, seed)[1].rows == held.rows
+
+
+def test_the_seed_chooses_what_is_held_out() -> None:
+    data = load_dataset(numbered("a", 8))
+    held = [frozenset(r["prompt"] for r in split_by_prompt(data, 0.25, seed)[1]) for seed in range(40)]
+    assert len(set(held)) > 5 and frozenset().union(*held) == {f"a{i}" for i in range(8)}
 
 
 # ------------------------------------------------------------------------------------------------ conversions
@@ -541,3 +615,37 @@ def test_ties_have_no_better_side() -> None:
     rated = convert(data, "unpaired")
     assert len(rated) == 4 and rated.report.cut == {"ties left out: neither side is the better one": 1}
     assert all("tie" not in row for row in rated)
+    shown = convert(data, "prompt_completion")
+    assert len(shown) == 3 and shown.report.notes == {"demonstrations are the chosen side of a tie": 1}
+
+
+def test_answers_under_other_tools_or_template_arguments_are_not_compared() -> None:
+    row = {"prompt": ASK, "completion": RED, "score": 1.0}
+    others: list[Row] = [{}, {"tools": TOOLS}, {"chat_template_kwargs": {"think": True}}]
+    data = load_dataset([{**row, **o, "completion": c, "score": s} for o in others for c, s in ((RED, 1.0), (TEN, 2))])
+    groups = convert(data, "ranking").rows
+    assert [len(g["completions"]) for g in groups] == [2, 2, 2]
+    assert [{k: g[k] for k in o} for g, o in zip(groups, others, strict=True)] == others
+    assert len(convert(data, "preference")) == 3
+
+
+def test_of_scores_and_ranks_the_scores_are_believed_and_kept() -> None:
+    row: Row = {"prompt": "p", "completions": ["a", "b"], "scores": [0.1, 0.9], "ranks": [2, 1]}
+    (pair,) = convert(load_dataset([row]), "preference").rows
+    assert pair == {"prompt": "p", "chosen": "b", "rejected": "a", "score_chosen": 0.9, "score_rejected": 0.1}
+    del row["scores"]
+    assert convert(load_dataset([row]), "preference").rows == [{"prompt": "p", "chosen": "b", "rejected": "a"}]
+
+
+def test_prompts_carry_nothing_that_judges_answers() -> None:
+    """Of any type; what the user says beside it goes on to the reward functions."""
+    judged = {"margin": 2.0, "tie": False, "score_chosen": 1.0, "score_rejected": 0.0, "score": 1.0}
+    for kind in ("preference", "unpaired", "ranking", "scored", "prompt_completion"):
+        rows = convert(load_dataset([{**judged, **row, "answer": "blue"} for row in EXAMPLE[kind]]), "prompt").rows
+        assert rows == [{"prompt": PROMPT, "id": 1, "answer": "blue"}], kind
+
+
+def test_the_end_of_a_dialogue_that_no_answer_follows_is_counted() -> None:
+    data = convert(load_dataset([{"messages": ASK + RED + said("user: Why?", "user: Why??")}]), "prompt_completion")
+    assert data.rows == [{"prompt": ASK, "completion": RED}]
+    assert data.report.cut == {"messages after the last answer left out": 2}

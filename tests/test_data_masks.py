@@ -116,6 +116,41 @@ def test_marks_and_prefixes_agree() -> None:
     assert found[0].tokens["trainable"].tolist() == found[1].tokens["trainable"].tolist()
 
 
+def test_marks_are_found_under_the_rows_template_arguments() -> None:
+    """What they write before a turn moves its tokens, and so its marks."""
+    words = speaker(MARKED.replace("[{{ m.role }}]", "{% if think %}three four{% endif %}[{{ m.role }}]"))
+    for arguments in ({}, {"think": True}, {"add_generation_prompt": True}):
+        samples, _ = tokenise([{"messages": TALK, "chat_template_kwargs": arguments}], words, "completions")
+        assert learned(samples, words) == ["two<eos>", "four<eos>"], arguments
+
+
+@pytest.mark.parametrize("name", ["chatml", "marked", "llama"])
+def test_an_answer_is_not_followed_by_the_next_prompt(name: str) -> None:
+    """A row that asks for the generation prompt gets it where a prompt ends, and nowhere else."""
+    words = WORDS[name]
+    rows: list[tuple[Row, Any]] = [({"prompt": TALK[:2], "completion": TALK[2:3]}, None), ({"messages": TALK}, None),
+                                   ({"messages": TALK[:3]}, "all")]  # fmt: skip
+    for row, loss_on in rows:
+        asked = {**row, "chat_template_kwargs": {"add_generation_prompt": True}}
+        plain, same = (tokenise([r], words, "completions", loss_on=loss_on)[0] for r in (row, asked))
+        assert whole(plain, words) == whole(same, words) and learned(plain, words) == learned(same, words)
+
+
+def test_a_generation_prompt_that_answers_do_not_have_is_told() -> None:
+    """As in templates that open a thought: what rollouts begin with is not what the answers begin with."""
+    words = speaker(CHATML)
+    row = {"prompt": said("user: one"), "completion": said("assistant: two")}
+    note = "prompts whose end is tokenised otherwise when they stand alone, as in rollouts"
+    for think in (False, True):
+        samples, report = tokenise([{**row, "chat_template_kwargs": {"think": think}}] * 2, words, "completions")
+        assert report.notes[note] == 2 * think and learned(samples, words) == ["two<|im_end|>"]
+    thought = said("assistant: <think>\nfive</think>two")
+    _, report = tokenise(
+        [{**row, "completion": thought, "chat_template_kwargs": {"think": True}}], words, "completions"
+    )
+    assert not report.notes[note]
+
+
 def test_a_dialogue_may_begin_with_the_assistant() -> None:
     samples, _ = tokenise([{"messages": said("assistant: one", "user: two", "assistant: three")}], WORDS["llama"],
                           "completions")  # fmt: skip
@@ -327,3 +362,9 @@ def test_a_tokenizer_without_an_end_is_told_in_words() -> None:
     words.eos_token = None
     with pytest.raises(UsageError, match="no end-of-sequence token"):
         tokenise([PAIR], words, "pairs")
+
+
+def test_a_prompt_that_cannot_be_rendered_is_told_in_words() -> None:
+    with pytest.raises(UsageError, match=r"^the chat template refuses it: no system role\.$"):
+        encode_prompts(WORDS["strict"], [TALK[1:2], TALK[:2]])
+    assert encode_prompts(WORDS["strict"], []) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -38,6 +39,13 @@ def test_text_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 rows, type preference" in said and "4 rows, type unpaired" in said and "label: True" in said
 
 
+def test_implicit_prompts_are_split_as_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, {"chosen": "The sky is blue", "rejected": "The sky is black"})
+    for rule, prompt in (("word", "The sky is"), ("character", "The sky is bl")):
+        show_data([file], implicit_prompt=rule)
+        assert f"prompt: {prompt}\n" in capsys.readouterr().out
+
+
 def test_what_carries_loss_stands_in_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show_data([write(tmp_path, {"messages": TALK})], model=MODEL)
     said = capsys.readouterr().out
@@ -62,15 +70,17 @@ def test_on_a_terminal_it_is_coloured(
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"loss_on": "all"}, "no effect on text alone"),
+    ({"loss_on": "all"}, "--loss-on has no effect on text alone"),
+    ({"max_length": 9}, "--max-length has no effect on text alone"),
+    ({"implicit_prompt": "token"}, "expected 'word' or 'character'"),
     ({"purpose": "dpoo"}, r"neither a kind of samples.*did you mean 'dpo'"),
     ({"purpose": "sft", "columns": "prompt"}, "expected OURS=THEIRS"),
     ({"loss_on": "al", "model": MODEL, "columns": "prompt=question"}, "expected 'completion', 'assistant' or 'all'"),
     ({"purpose": "pairs"}, "chosen, id, question, rejected|cannot become|share no prompt"),
 ], ids=str)  # fmt: skip
-def test_mistakes_are_told_in_words(options: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_mistakes_are_told_in_words(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        show_data([write(tmp_path, PAIR)], **options)  # type: ignore[arg-type]
+        show_data([write(tmp_path, PAIR)], **options)
 
 
 def test_real_data(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 import prefzoo.data.readers as readers
 import prefzoo.data.tokens as tokens_module
-from prefzoo.data.formats import load_dataset, split_by_prompt
+from prefzoo.data.formats import convert, load_dataset, split_by_prompt
 from prefzoo.data.samples import Samples
 from prefzoo.data.tokens import tokenise
 from prefzoo.models.load import learn_tokenizer
@@ -80,6 +80,24 @@ def test_streamed_samples_are_the_same(
         order = np.arange(len(plain))[::-2]
         assert facts(samples.take(order)) == facts(plain.take(order))
     assert isinstance(samples.completions.flat, np.memmap) or kind == "prompts"
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_streamed_and_held_rows_share_no_store(first: bool, words: Any, tmp_path: Path) -> None:
+    """Streamed ones keep the users' columns there."""
+    plain, _ = tokenise(PAIRS, words, "pairs")
+    for streaming in (first, not first) * 2:
+        samples, _ = tokenise(load_dataset(PAIRS, streaming=streaming), words, "pairs", cache=tmp_path)
+        assert facts(samples) == facts(plain)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_length_is_known_before_a_pass() -> None:
+    """Of what is made from a stream, too."""
+    rows = [row for row in PAIRS if row["rejected"]]
+    for to, count in (("unpaired", 2 * len(rows)), ("prompt", len(convert(load_dataset(rows), "prompt")))):
+        made = convert(load_dataset(rows, streaming=True), to)  # type: ignore[arg-type]
+        assert len(made) == count == len(list(made)) == len(made)
 
 
 class Row(dict[str, Any]):

@@ -565,6 +565,12 @@ def test_verifiers_find_the_answer(verifier: Any, column: str) -> None:
     assert verifier(completions=completions, **{column: answers}) == right[verifier]
 
 
+def test_the_minus_of_typesetters_is_one() -> None:
+    for minus in "-\u2212":
+        assert numeric(completions=[f"so x = {minus}4."] * 2, answer=["4", "-4"]) == [0.0, 1.0]
+        assert numeric(completions=["#### -4"] * 2, answer=[f"{minus}4", f"#### {minus}4"]) == [1.0, 1.0]
+
+
 def test_exact_minds_words_and_not_white_space() -> None:
     assert exact(completions=["  New\n York ", "new york", "New Yorks"], answer=["New York"] * 3) == [1.0, 0.0, 0.0]
     assert exact(completions=["7"], answer=[7]) == [1.0]

@@ -126,7 +126,7 @@ def test_rollout_kl_is_the_sequences(words: PreTrainedTokenizerBase) -> None:
 
 @pytest.mark.parametrize("bad", ["much", None, True])
 def test_a_weight_that_is_no_number_is_told(bad: Any, words: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UsageError, match="row 2.*expected a number"):
+    with pytest.raises(UsageError, match=r"row 2.*expected a number"):
         tokenise([{**PAIRS[0], "weight": 0.5}, {**PAIRS[1], "weight": bad}], words, "pairs")
 
 

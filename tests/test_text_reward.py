@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    RobertaConfig,
     pipeline,
 )
 from transformers.utils import logging as hf_logging
@@ -142,6 +143,38 @@ def test_messages_go_through_its_own_template(words: PreTrainedTokenizerBase, tm
     torch.testing.assert_close(
         resolve_reward(folder, words)(chat), one_by_one(folder, [text], add_special_tokens=False)
     )
+
+
+def test_a_continued_turn_is_judged_as_one(words: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """The same dialogue, wherever the prompt ends in it."""
+    folder, other = decoder(tmp_path, pad=True)
+    other.chat_template = "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+    other.save_pretrained(folder)
+    source, ask = resolve_reward(folder, words), {"role": "user", "content": "one"}
+
+    def encoded(prompt: list[dict[str, str]], answer: str) -> list[list[int]]:
+        ids = words(answer, add_special_tokens=False)["input_ids"]
+        samples = Samples(
+            "completions", Ragged.of([[5]]), Ragged.of([ids]), np.zeros(1, int), extra={"prompt": [prompt]}
+        )
+        return source._encode(samples)  # type: ignore[attr-defined, no-any-return]
+
+    begun = [ask, {"role": "assistant", "content": "two "}]
+    assert encoded(begun, "three four") == encoded([ask], "two three four")
+    assert encoded([*begun, ask], "three four") != encoded([ask], "two three four")
+
+
+def test_positions_that_are_counted_from_behind_the_padding_are_fewer(words: PreTrainedTokenizerBase) -> None:
+    """RoBERTa has two positions that no token gets: longer texts lose their beginning, and are scored."""
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=280, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1,
+                           intermediate_size=16, max_position_embeddings=14, pad_token_id=1)  # fmt: skip
+    other = learn_tokenizer(PROMPTS + ANSWERS, 280)
+    source = TextReward(AutoModelForSequenceClassification.from_config(config), other, words)
+    answers = [[*words(" ".join(["six"] * n), add_special_tokens=False)["input_ids"]] for n in (1, 9, 30)]
+    samples = Samples("completions", Ragged.of([[5]]), Ragged.of(answers), np.zeros(3, int), extra={"prompt": ["one "]})
+    assert source.limit == 12 and max(map(len, source._encode(samples))) == 12
+    assert source(samples).isfinite().all()
 
 
 def test_what_we_wrote_reads_finished_answers_with_their_end(

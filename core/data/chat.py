@@ -279,7 +279,7 @@ def assistant_mask(tokenizer: PreTrainedTokenizerBase, row: Row, turns: _Turns, 
     if not tokenizer.is_fast:
         raise UsageError("loss on the assistant's turns only needs a fast tokenizer, which knows where tokens begin.")
     said, text = turns.said, turns.text
-    arguments = {**row.get("chat_template_kwargs", {}), "tools": row.get("tools"), "add_generation_prompt": False}
+    arguments = {**row.get("chat_template_kwargs", {}), "tools": row.get("tools")}
     if re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.get_chat_template(tools=row.get("tools")))):
         marked = tokenizer.apply_chat_template(
             list(said), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **arguments

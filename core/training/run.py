@@ -88,7 +88,7 @@ class Steps:
         if settings.best_metric is not None and output_dir is None:
             raise UsageError("best_metric needs output_dir: the best model is kept in OUTPUT/best.")
         self.push_to_hub = push_to_hub
-        self.callbacks = list(callback) if isinstance(callback, list | tuple) else [callback]
+        self.callbacks = [*callback] if isinstance(callback, Sequence) else [callback]
         for call in self.callbacks:
             if not callable(call):
                 raise UsageError(f"callback: expected a function f(step, policy, metrics), got {type(call).__name__}.")
