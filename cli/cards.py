@@ -92,7 +92,7 @@ def show_training(as_json: bool) -> None:
 
 def training_options() -> list[dict[str, Any]]:
     """Name, default and description of every field of the training configuration."""
-    defaults = TrainConfig().model_dump(mode="json")
+    defaults = TrainConfig.of().model_dump(mode="json")
     fields = TrainConfig.model_fields
     return [{"name": k, "default": v, "doc": fields[k].description or ""} for k, v in defaults.items()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -57,11 +58,17 @@ def write(kind: str, words: PreTrainedTokenizerBase, folder: Path) -> Path:
     """A tiny random model's folder."""
     torch.manual_seed(0)
     ends: dict[str, Any] = {"vocab_size": len(words), "bos_token_id": 1, "eos_token_id": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.2,
+        "max_position_embeddings": 128,
+    }
     config = {
-        "llama": lambda: LlamaConfig(
-            **ends, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            initializer_range=0.2, max_position_embeddings=128,
-        ),
+        "llama": lambda: LlamaConfig(**ends, **shape),
+        "tied": lambda: LlamaConfig(**ends, **shape, tie_word_embeddings=True),
         "gpt2": lambda: GPT2Config(**ends, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2),
     }[kind]()  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -69,9 +76,9 @@ def write(kind: str, words: PreTrainedTokenizerBase, folder: Path) -> Path:
     return folder
 
 
-def scores(policy: Any) -> torch.Tensor:
+def scores(policy: Any, **options: Any) -> torch.Tensor:
     with torch.no_grad():
-        return policy(TreeBatch.of(ROWS)).logps_C
+        return policy(TreeBatch.of(ROWS), **options).logps_C
 
 
 def moved(policy: Policy, steps: int = 3) -> Policy:
@@ -192,6 +199,28 @@ def test_the_reference_of_a_fresh_adapter_is_the_model_under_it(variant: Any, ba
     assert all(torch.equal(late[k], p.grad) for k, p in policy.named_parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_reference_of_a_fresh_adapter_takes_the_temperature(temperature: float, base: Path) -> None:
+    policy = load_policy(base, adapter=Adapter(rank=4))
+    reference = reference_of(policy, live=True)
+    start = scores(load_policy(base), temperature=temperature)
+    torch.testing.assert_close(scores(reference, temperature=temperature), start, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_an_adapter_on_the_embeddings_is_fresh_at_first(
+    kind: str, words: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Of an embedding the first factor starts at zero, of a linear layer the second."""
+    folder = write(kind, words, tmp_path)
+    policy = load_policy(folder, adapter=Adapter(rank=4, targets=("embed_tokens", "lm_head", "q_proj")))
+    assert policy.fresh_adapter
+    reference = reference_of(policy, live=True)
+    moved(policy)
+    assert not policy.fresh_adapter
+    torch.testing.assert_close(scores(reference), scores(load_policy(folder)), atol=1e-5, rtol=1e-5)
+
+
 def test_the_reference_of_a_trained_adapter_is_the_policy_as_it_was(base: Path) -> None:
     policy = moved(load_policy(base, adapter=Adapter(rank=4)))
     then = scores(policy)
@@ -213,6 +242,19 @@ def test_all_start_from_one_stored_reference(base: Path, tmp_path: Path) -> None
     trained = moved(policies[1])
     cached_logps(reference_of(trained, live=False), ROWS, 64, "cpu", tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_each_precision_has_a_stored_reference_of_its_own(base: Path, tmp_path: Path) -> None:
+    """And what is read back is what would be computed."""
+    policy = load_policy(base)
+    found = []
+    for _ in range(2):
+        for precision, policy.fp32_head in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+            stored = cached_logps(policy, ROWS, 64, "cpu", tmp_path, precision)
+            assert torch.equal(stored, cached_logps(policy, ROWS, 64, "cpu", None, precision))
+            found.append(stored)
+    assert len(list(tmp_path.iterdir())) == 3
+    assert not any(torch.equal(found[a], found[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_a_copy_is_whole(base: Path) -> None:
@@ -294,6 +336,48 @@ def test_without_being_asked_an_adapter_is_merged_and_all_is_trained(
         torch.testing.assert_close(scores(load_policy(tmp_path / "whole")), scores(whole))
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_an_adapter_on_one_embedding_is_added_to_that_one_alone(
+    target: str, kind: str, words: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Tied embeddings part; the merged model, its folder, and the adapter's folder are the model that was trained."""
+    folder = write(kind, words, tmp_path / "base")
+    policy = moved(load_policy(folder, adapter=Adapter(rank=4, targets=(target, "q_proj"))))
+    ours = scores(policy)
+    assert not torch.allclose(ours, scores(load_policy(folder)), atol=1e-2)
+    save_policy(policy, words, tmp_path / "adapter")
+    save_policy(policy, words, tmp_path / "merged", merge=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    again = load_policy(tmp_path / "adapter")
+    save_policy(again, words, tmp_path / "again")
+    for whole in (merged(policy), load_policy(tmp_path / "merged"), load_policy(loaded), again,
+                  load_policy(tmp_path / "again")):  # fmt: skip
+        torch.testing.assert_close(scores(whole), ours, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores(policy), ours)
+
+
+def test_a_folder_named_from_where_one_stands_is_found_from_elsewhere(
+    base: Path, words: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base.parent)
+    policy = moved(load_policy(base.name, adapter=Adapter(rank=4)))
+    save_policy(policy, words, tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    torch.testing.assert_close(scores(load_policy("adapter", adapter=Adapter())), scores(policy))
+
+
+def test_a_merged_adapter_has_the_type_that_was_asked_for(
+    base: Path, words: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    policy = moved(load_policy(base, adapter=Adapter(rank=4)))
+    save_policy(policy, words, tmp_path / "adapter")
+    for source in (tmp_path / "adapter", policy, policy.adapter):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert {p.dtype for p in load_policy(source, dtype=dtype).parameters()} == {dtype}
+
+
 @pytest.mark.parametrize(("asked", "words_"), [
     (Adapter(rank=8), "has rank 4, not 8"), (Adapter(alpha=1.0), "has alpha 32, not 1.0"),
     (Adapter("dora"), "has variant 'lora', not 'dora'"), (Adapter(targets=("q_proj",)), "has targets"),
@@ -316,6 +400,24 @@ def test_a_model_in_memory_gives_a_merged_folder_and_says_so(
     assert "written merged" in notes[0]
     save_policy(policy, words, tmp_path / "out")
     torch.testing.assert_close(scores(load_policy(tmp_path / "out")), scores(policy), atol=1e-4, rtol=1e-4)
+
+
+def test_so_does_a_peft_model_in_memory_whose_base_was_changed(
+    base: Path, words: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    import peft
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    found = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=4, task_type="CAUSAL_LM"))
+    notes: list[str] = []
+    policy = moved(load_policy(found, adapter=Adapter(), note=notes.append))
+    assert "written merged" in notes[0]
+    save_policy(policy, words, tmp_path / "out")
+    assert not (tmp_path / "out/adapter_config.json").exists()
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(scores(load_policy(written)), scores(policy), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -379,12 +481,19 @@ def test_new_tokens_learn_where_the_model_had_rows_to_spare(words: PreTrainedTok
 
 
 def test_what_cannot_be_is_refused_in_words(base: Path, words: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    more, tied = load_tokenizer(base, added_tokens=("<tool>",)), write("tied", words, tmp_path / "tied")
     cases: list[tuple[Any, str]] = [
         (lambda: Adapter("lorra"), "did you mean 'lora'"),  # type: ignore[arg-type]
         (lambda: Adapter(rank=0), "rank is above 0"),
         (lambda: load_policy(base, load_in_4bit=True), "needs an adapter"),
         (lambda: load_policy(base, load_in_4bit=True, adapter=Adapter()), "needs the package bitsandbytes|CUDA"),
         (lambda: load_policy(load_policy(base, adapter=Adapter()).model), "this model holds an adapter"),
+        (
+            lambda: load_policy(base, tokenizer=more, adapter=Adapter(targets=("embed_tokens", "q_proj"))),
+            "of their own",
+        ),
+        (lambda: load_policy(base, tokenizer=more, adapter=Adapter(targets=("lm_head",))), r"lora_targets \('lm_head'"),
+        (lambda: load_policy(tied, tokenizer=more, adapter=Adapter(targets=("lm_head",))), r"lora_targets \('lm_head'"),
         (lambda: load_policy(broken("not json")), "adapter_config.json cannot be read"),
         (lambda: load_policy(broken("{}")), "does not say which model it belongs to"),
         (lambda: load_policy(broken('{"base_model_name_or_path": "/no/such"}')), "there is no such folder"),

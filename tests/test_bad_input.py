@@ -407,6 +407,11 @@ case("a device that is not there", lambda h: h.train(device="cuda:7"), "'cuda:7'
 case("a device of no kind", lambda h: h.train(device="gpu"), "'gpu'", "not there", "'cuda'")
 case("a tracker that is not here", lambda h: h.train(report_to=["wandb"]), "report_to", "wandb", "pip install")
 case("a callback that is no function", lambda h: h.train(callback=["log"]), "callback", "str")
+case("a number as callback", lambda h: h.train(callback=5), "callback", "int")
+case("a file as cache", lambda h: h.train(cache_dir=h.file("cache", "x")), "cache_dir", "is a file", "folder")
+case("new tokens and an adapter on their embeddings",
+     lambda h: h.train(lora=True, added_tokens=("<t>",), lora_targets=["embed_tokens"]), "lora_targets",
+     "'embed_tokens'", "leave those out")
 case("an unknown best metric", lambda h: h.train(eval_split=0.5, best_metric="los"), "best_metric", "'eval/loss'")
 case("the best of a run without folder", lambda h: h.train(eval_split=0.5, best_metric="loss", output_dir=None),
      "output_dir")

@@ -326,6 +326,24 @@ def test_the_tables_of_algorithms_are_complete(page):
         assert page != "README.md" or paper is None or paper.removeprefix("arXiv:") in line
 
 
+# ---- doctor
+
+
+def test_a_dry_run_takes_the_options_of_evaluation_and_keeps_nothing(command, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shared = ("--model", "tiny", "--dataset", pairs, "--cache-dir", "cache", "--eval-split", 0.2)
+    watched = ("--eval-steps", 1, "--best-metric", "loss", "--best-mode", "min", "--patience", 2, "--output-dir", "out")
+    (tmp_path.parent / "short.py").write_text(
+        "def short(completions, **_):\n    return [-len(c) for c in completions]\n"
+    )
+    reward = f"{tmp_path.parent}/short.py:short"
+    sampled = ("--eval-samples", 2, "--reward", reward, "--max-new-tokens", 2, "--group-size", 2)
+    for words in (("dpo", *shared, *watched), ("grpo", *shared, *sampled)):
+        code, out, err = command("doctor", *words)
+        assert code == 0, err
+        assert "step 2" in out and not list(tmp_path.iterdir())
+
+
 # ---- users' files
 
 

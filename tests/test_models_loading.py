@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from prefzoo.models.load import (
+    Adapter,
     end_ids,
     learn_tokenizer,
     load_causal,
@@ -171,6 +172,24 @@ def test_settings_of_generation_that_the_library_would_not_write(folder: Path, w
     policy.model.generation_config.do_sample = False
     save_policy(policy, words, folder / "out")
     assert load_policy(folder / "out").model.generation_config.temperature == 0.7
+
+
+@pytest.mark.parametrize("settings", [
+    {"temperature": 0.7}, {"num_beams": 1, "early_stopping": True, "length_penalty": 0.5}, {"pad_token_id": -1},
+    {"do_sample": True, "temperature": 0.6, "use_cache": False, "cache_implementation": "static"},
+], ids=str)  # fmt: skip
+def test_settings_of_generation_that_contradict_each_other_lose_nothing(
+    settings: dict[str, Any], folder: Path, words: PreTrainedTokenizerBase
+) -> None:
+    """Written whole, merged and as an adapter, and still with the id that ends an answer."""
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    adapted = load_policy(folder, adapter=Adapter(rank=2))
+    for name, policy, merge in (("full", load_policy(folder), False), ("merged", adapted, True)):
+        save_policy(policy, words, folder / name, merge=merge)
+        written = AutoModelForCausalLM.from_pretrained(folder / name)
+        assert written.generation_config.eos_token_id == 2
+    save_policy(adapted, words, folder / "adapter")
+    assert load_policy(folder / "adapter").adapter is None
 
 
 def bert(folder: Path) -> None:

@@ -135,6 +135,19 @@ def test_offset_and_scale(words: PreTrainedTokenizerBase, tmp_path: Path) -> Non
     torch.testing.assert_close(ours(load_scorer(tmp_path / "again")), ours(scorer), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{"early_stopping": True}, {"pad_token_id": -1}, {"temperature": 0.7}], ids=str)
+def test_settings_of_generation_that_contradict_each_other_lose_no_reward_model(
+    settings: dict[str, Any], words: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """In the own format too, whose causal model has such settings."""
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]()).save_pretrained(tmp_path / "base")
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(settings))
+    for pooling in ("last", "mean"):
+        scorer = new_scorer(load_policy(tmp_path / "base"), pooling)
+        save_scorer(scorer, words, tmp_path / pooling)
+        torch.testing.assert_close(ours(load_scorer(tmp_path / pooling)), ours(scorer))
+
+
 def test_what_a_classifier_cannot_hold_is_our_own_format_and_says_so(
     words: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -13,8 +13,9 @@ from scipy import stats
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MambaConfig, MistralConfig, RwkvConfig
 
+import prefzoo
 from prefzoo.data.samples import Ragged, Samples
-from prefzoo.models.load import load_causal, load_policy
+from prefzoo.models.load import learn_tokenizer, load_causal, load_policy, tiny_model
 from prefzoo.models.roles import Policy
 from prefzoo.models.tree import HOOK, TreeBatch, pack_rows
 from prefzoo.registry import UsageError
@@ -305,6 +306,20 @@ def test_prompts_that_leave_no_room_are_refused_in_words(policy: Policy) -> None
     sample(policy, prompts_of([[1] * (limit - 20)]), n=1)
     with pytest.raises(UsageError, match=rf"{limit - 19} tokens and max_new_tokens=20 exceed.*{limit} pos.*lower"):
         sample(policy, prompts_of([[1], [1] * (limit - 19)]), n=1)
+
+
+def test_a_run_keeps_the_prompts_that_leave_room() -> None:
+    """Prompt and answer may fill the positions to the last one; longer prompts are dropped, and counted."""
+    words = learn_tokenizer(["a"], 261)
+    model = tiny_model(words, positions=24)
+    empty = len(words("").input_ids)
+    rows = [{"prompt": "b" * (length - empty)} for length in (15, 16, 17)]
+    assert [len(words(row["prompt"]).input_ids) for row in rows] == [15, 16, 17]
+    run = prefzoo.steps("grpo", model=model, tokenizer=words, dataset=rows, reward=lambda completions, **_: [0.0] * len(
+        completions), max_new_tokens=8, max_steps=1, prompts_per_step=2, group_size=2, quiet=True)  # fmt: skip
+    next(run)
+    assert run.engine is not None
+    assert sorted(run.engine.data.prompts.lengths.tolist()) == [15, 16]
 
 
 @pytest.mark.parametrize("options", [

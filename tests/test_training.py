@@ -10,13 +10,15 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefzoo
-from prefzoo.algorithm import Algorithm
+from prefzoo.algorithm import Algorithm, Stage, Term
 from prefzoo.losses import create_loss
-from prefzoo.models.load import load_policy
+from prefzoo.models.load import learn_tokenizer, load_policy, new_scorer, save_policy, tiny_model
+from prefzoo.models.roles import Policy, is_adapter
 from prefzoo.parts.reference import Moving
 from prefzoo.parts.source import DatasetRows
 from prefzoo.registry import UsageError
 from prefzoo.training import output
+from prefzoo.training.engine import Engine
 
 PAIRS = [
     {"prompt": f"{a} and {b}:", "chosen": f" {a + b} is it", "rejected": f" no {a * b}"}
@@ -99,6 +101,38 @@ def test_prompts_of_the_evaluation_are_not_trained_on():
     assert len(run.data.rows) == 48 and not held & {r["prompt"] for r in run.data.rows}
 
 
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_evaluation_does_not_depend_on_how_rows_are_batched(name):
+    """Also where the last batch is smaller than the others."""
+    steps = prefzoo.steps(name, dataset=PAIRS, max_steps=1, **QUICK)
+    next(steps)
+    engine, losses = steps.engine, []
+    for rows in (64, 24, 7):
+        engine.config = engine.config.model_copy(update={"rows_per_step": rows})
+        losses.append(engine.evaluate(engine.data)["eval/loss"])
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+
+
+def test_models_train_on_after_an_evaluation():
+    """Gradient checkpointing, for one, works in training mode only."""
+    for name, quick in (("dpo", QUICK), ("grpo", SAMPLED)):
+        run = prefzoo.steps(name, dataset=PAIRS, eval_split=0.1, eval_steps=1, max_steps=2, lora=True, **quick)
+        for step in run:
+            assert step.evaluation and step.policy.training and step.policy.model.training
+            assert all(t.module.training for t in run.engine.trained.values())
+            assert {is_adapter(k) for k, p in step.policy.named_parameters() if p.requires_grad} == {True}
+
+
+def test_terms_on_demonstrations_are_no_part_of_an_evaluation():
+    """DPO with a likelihood term beside it: of the rows held out, the DPO loss."""
+    terms = (Term(create_loss("dpo")), Term(create_loss("sft"), rows="ptx", weight=0.5))
+    both = Algorithm(stages=(Stage(source=DatasetRows("pairs"), terms=terms),))
+    shown = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in PAIRS]
+    run = prefzoo.train(both, dataset=PAIRS, ptx_dataset=shown, eval_split=0.25, eval_steps=1, max_steps=1, **QUICK)
+    losses = [r["eval/loss"] for r in run.history if "eval/loss" in r]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[1] != losses[0]
+
+
 # ---------------------------------------------------------------------------------- the best model, early stopping
 
 
@@ -133,6 +167,58 @@ def test_patience_stops_the_run():
     assert run.spent.optimizer_steps == 2  # the first evaluation, before any step, is never bettered
 
 
+def evaluations(monkeypatch, values):
+    """From now on an evaluation gives the next of these losses; None: none."""
+    rest = iter(values)
+    given = lambda self, held: {k: v for k, v in {"eval/loss": next(rest)}.items() if v is not None}  # noqa: E731
+    monkeypatch.setattr(Engine, "evaluate", given)
+
+
+@pytest.mark.parametrize(("values", "steps", "best"), [
+    ([5, 6, 4, 5, 3, 4, 4, 9], 6, 3),  # the count starts anew with every best one
+    ([math.nan, 4, 3, 3.5, 3.6, 9], 4, 3),  # what is no number is not the best
+    ([4, math.nan, 3, math.nan, math.nan, 9], 4, 3),
+    ([4, None, 3, None, None, 9], 4, 3),  # nor is what was not measured
+    ([4, 4, 4, 9], 2, 4),  # nor an equal
+], ids=str)  # fmt: skip
+def test_patience_counts_evaluations_since_the_best(values, steps, best, monkeypatch, tmp_path):
+    evaluations(monkeypatch, values)
+    watched = {"eval_split": 0.25, "eval_steps": 1, "best_metric": "loss", "output_dir": tmp_path / "a"}
+    run = prefzoo.train("dpo", dataset=PAIRS, patience=2, max_steps=7, **watched, **QUICK)
+    assert run.spent.optimizer_steps == steps
+    assert run.best == {"metric": "eval/loss", "value": best, "step": values.index(best)}
+
+
+def two_stages():
+    stages = [Stage(source=DatasetRows("pairs"), terms=(Term(create_loss(name)),)) for name in ("ipo", "dpo")]
+    return Algorithm(stages=tuple(stages))
+
+
+def test_each_stage_has_a_best_model_of_its_own(monkeypatch, tmp_path):
+    """Its loss is another one: lower numbers of an earlier stage do not count, nor does its patience."""
+    evaluations(monkeypatch, [0.1, 0.2, 0.3, 9.0, 8.0, 8.5])
+    watched = {"eval_split": 0.25, "eval_steps": 1, "best_metric": "loss", "output_dir": tmp_path / "a"}
+    run = prefzoo.train(two_stages(), dataset=PAIRS, patience=3, max_steps=2, **watched, **QUICK)
+    assert run.spent.optimizer_steps == 4 and run.best == {"metric": "eval/loss", "value": 8.0, "step": 1}
+
+
+def test_a_callback_ends_the_run_not_the_stage():
+    assert prefzoo.train(two_stages(), dataset=PAIRS, max_steps=2, **QUICK).spent.optimizer_steps == 4
+    run = prefzoo.train(two_stages(), dataset=PAIRS, max_steps=2, callback=lambda *_: True, **QUICK)
+    assert run.spent.optimizer_steps == 1
+
+
+@pytest.mark.parametrize("settings", [{"early_stopping": True}, {"pad_token_id": -1}, {"temperature": 0.7}], ids=str)
+def test_a_start_with_settings_that_contradict_each_other_is_trained_and_kept(settings, tmp_path):
+    words = learn_tokenizer([str(PAIRS)], 270)
+    save_policy(Policy(tiny_model(words)), words, tmp_path / "start")
+    (tmp_path / "start/generation_config.json").write_text(json.dumps(settings))
+    kept = {"best_metric": "loss", "eval_split": 0.2, "output_dir": tmp_path / "a"}
+    prefzoo.train("dpo", dataset=PAIRS, max_steps=1, **kept, **QUICK | {"model": tmp_path / "start"})
+    for name in ("best", "final"):
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "a" / name).generation_config.eos_token_id is not None
+
+
 def test_an_unknown_metric_is_told_before_the_first_step(tmp_path):
     with pytest.raises(UsageError, match="no metric 'eval/los'; did you mean 'eval/loss'"):
         prefzoo.train("sft", dataset=PAIRS, eval_split=0.2, best_metric="los", output_dir=tmp_path / "a", **QUICK)
@@ -162,6 +248,33 @@ def test_a_loop_that_is_left_keeps_what_was_trained(tmp_path):
     assert json.loads((tmp_path / "a" / "run.json").read_text())["spent"]["optimizer_steps"] == 2
 
 
+def test_an_error_in_a_loop_of_ones_own_keeps_what_was_trained(tmp_path):
+    for name, taken in (("none", 0), ("two", 2)):
+        steps = prefzoo.steps("dpo", dataset=PAIRS, max_steps=4, output_dir=tmp_path / name, **QUICK)
+        with pytest.raises(ZeroDivisionError), steps:
+            while steps.spent.optimizer_steps < taken:
+                next(steps)
+            raise ZeroDivisionError
+        assert (tmp_path / name / "interrupted").exists() == (taken > 0)
+        assert not (tmp_path / name / "final").exists()
+    kept = load_policy(tmp_path / "two" / "interrupted")
+    assert torch.equal(weights(kept), weights(steps.policy))
+    steps = prefzoo.steps("dpo", dataset=PAIRS, max_steps=1, output_dir=tmp_path / "all", **QUICK)
+    with pytest.raises(ZeroDivisionError), steps:
+        next(steps)
+        steps.finish()
+        raise ZeroDivisionError
+    assert (tmp_path / "all" / "final").exists() and not (tmp_path / "all" / "interrupted").exists()
+
+
+def test_a_run_that_never_began_has_no_result(tmp_path):
+    for name in ("dpo", "reward_model"):
+        steps = prefzoo.steps(name, dataset=PAIRS, output_dir=tmp_path / name, **QUICK)
+        with pytest.raises(UsageError, match="before the first step"):
+            steps.finish()
+        assert not list(tmp_path.glob("*/*"))
+
+
 def test_callbacks_see_every_logging_and_may_stop():
     seen = []
     run = prefzoo.train(
@@ -171,18 +284,21 @@ def test_callbacks_see_every_logging_and_may_stop():
     assert [s for s, _ in seen] == [2, 4] and run.spent.optimizer_steps == 4
 
 
-def test_an_error_keeps_what_was_trained(tmp_path):
+@pytest.mark.parametrize("error", [ValueError("the service is down"), KeyboardInterrupt()], ids=repr)
+def test_an_error_keeps_what_was_trained(error, tmp_path, capsys):
     """A reward function that fails in the third step: the model of two steps is on disk, and the message says where."""
     calls = []
 
     def moody(completions, **_):
         calls.append(1)
         if len(calls) == 3:
-            raise ValueError("the service is down")
+            raise error
         return [1.0 * (i % 2) for i in range(len(completions))]
 
-    with pytest.raises(UsageError, match="moody"):
+    interrupted = isinstance(error, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt if interrupted else UsageError, match=None if interrupted else "moody"):
         prefzoo.train("grpo", dataset=PAIRS, max_steps=9, output_dir=tmp_path / "a", **SAMPLED | {"reward": moody})
+    assert str(tmp_path / "a" / "interrupted") in capsys.readouterr().err
     kept = load_policy(tmp_path / "a" / "interrupted")
     two = prefzoo.train("grpo", dataset=PAIRS, max_steps=2, **SAMPLED | {"reward": lambda completions, **_: [
         1.0 * (i % 2) for i in range(len(completions))
@@ -206,6 +322,9 @@ def test_a_moving_reference_follows():
     never = prefzoo.train(moving(1.0, 100), dataset=PAIRS, max_steps=4, **QUICK)
     plain = prefzoo.train("dpo", dataset=PAIRS, max_steps=4, **QUICK)
     assert [r["loss"] for r in never.history] == pytest.approx([r["loss"] for r in plain.history], abs=1e-5)
+    watched = prefzoo.train(moving(1.0, 1), dataset=PAIRS, eval_split=0.25, eval_steps=1, max_steps=3, **QUICK)
+    found = [r["eval/loss"] for r in watched.history if "eval/loss" in r]
+    assert found == pytest.approx([math.log(2)] * 4, abs=1e-5), "evaluations ask where it is now"
     with pytest.raises(UsageError, match="moving reference has no effect"):
         Algorithm(source=DatasetRows("completions"), loss=create_loss("sft"), reference=Moving())
     with pytest.raises(UsageError, match="alpha"):
@@ -290,6 +409,7 @@ def test_push_to_hub(monkeypatch, tmp_path):
     with pytest.raises(UsageError, match=r"403 Forbidden.*upload it later"):
         prefzoo.train("sft", dataset=PAIRS, max_steps=1, output_dir=tmp_path / "b", push_to_hub="me/refused", **QUICK)
     assert (tmp_path / "b" / "final" / "config.json").exists() and (tmp_path / "b" / "run.json").exists()
+    assert not (tmp_path / "b" / "interrupted").exists(), "the model is in final: nothing was interrupted"
     with pytest.raises(UsageError, match="output_dir"):
         prefzoo.train("sft", dataset=PAIRS, push_to_hub="me/model", **QUICK)
 
@@ -319,3 +439,77 @@ def test_warm_up_may_be_a_share_of_the_run():
     run = prefzoo.train("dpo", dataset=PAIRS, max_steps=8, schedule="constant", **QUICK | {"warmup_steps": 0.5})
     rates = [r["learning_rate"] / 1e-3 for r in run.history]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
+
+
+def test_a_share_of_a_run_of_rollouts_is_one_of_its_optimizer_steps():
+    """Two of four rollout steps with four optimizer steps each: the mean rate of a step's four."""
+    quick = SAMPLED | {"warmup_steps": 0.5}
+    run = prefzoo.train("grpo", dataset=PAIRS, max_steps=4, inner_epochs=2, minibatches=2, schedule="constant", **quick)
+    rates = [r["learning_rate"] / 1e-3 for r in run.history]
+    assert run.spent.optimizer_steps == 16 and rates == pytest.approx([2.5 / 8, 6.5 / 8, 1, 1])
+
+
+# --------------------------------------------------------------------------------------------------- what is counted
+
+
+def test_tokens_that_carry_no_loss_are_not_counted():
+    """A longer question in the middle of a conversation trains no more tokens; a longer answer does."""
+
+    def trained(question: str, answer: str) -> int:
+        turns = [("user", "1 and 2"), ("assistant", "3"), ("user", question), ("assistant", answer)]
+        rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}] * 4
+        quick = QUICK | {"chat_template": "chatml", "loss_on": "assistant", "rows_per_step": 4}
+        run = prefzoo.train("sft", dataset=rows, max_steps=1, **quick)
+        assert run.history[-1]["num_tokens"] == run.spent.trained_tokens
+        return run.spent.trained_tokens
+
+    short = trained("2 and 3", "5")
+    assert short % 4 == 0 and trained("2 and 3 and 7 and 8 and 9", "5") == short < trained("2 and 3", "5 is it")
+
+
+def test_the_time_and_the_share_of_the_data_that_a_run_took():
+    for name, quick, rows in (("dpo", QUICK, 16), ("grpo", SAMPLED, 4)):
+        run = prefzoo.train(name, dataset=PAIRS, max_steps=3, **quick)
+        assert run.spent.seconds > 0
+        assert [r["epoch"] for r in run.history] == pytest.approx([k * rows / len(PAIRS) for k in (1, 2, 3)])
+
+
+def test_the_spread_of_a_group_is_that_of_the_rewards_that_are_known():
+    rewards = [1.0, None, 3.0, 5.0]
+    quick = SAMPLED | {"reward": lambda completions, **_: [rewards[i % 4] for i in range(len(completions))]}
+    (row,) = prefzoo.train("grpo", dataset=PAIRS, max_steps=1, **quick).history
+    assert row["reward_std"] == pytest.approx(float(torch.tensor([1.0, 3.0, 5.0]).std()))
+    assert row["reward"] == 3.0 and row["reward_missing"] == 0.25 and row["frac_reward_zero_std"] == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------- what fits
+
+
+@pytest.mark.parametrize("precision", [{"precision": "bfloat16"}, {"dtype": "bfloat16"}], ids=str)
+def test_the_anchor_computes_as_the_policy_does(precision):
+    """The start model, given as the reference: DPO begins at log 2 to the last digit, whatever the precision."""
+    words = learn_tokenizer([str(PAIRS)], 270)
+    start = QUICK | {"model": tiny_model(words), "tokenizer": words, "reference": tiny_model(words)}
+    for exact in (False, True):
+        run = prefzoo.train("dpo", dataset=PAIRS, max_steps=1, fp32_head=exact, **precision, **start)
+        assert run.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert run.history[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-7)
+
+
+@pytest.mark.parametrize("precision", [{"precision": "bfloat16"}, {"dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_ratio_starts_at_one(precision, exact):
+    """The sampler has its logits from the library's head; what is trained on are the learner's numbers."""
+    quick = SAMPLED | precision | {"learning_rate": 0.0, "fp32_head": exact}
+    (row,) = prefzoo.train("grpo", dataset=PAIRS, max_steps=1, **quick).history
+    assert row["ratio"] == pytest.approx(1.0, abs=1e-6) and row["approx_kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_critic_from_a_reward_model_gets_an_adapter_too():
+    words = learn_tokenizer([str(PAIRS)], 270)
+    quick = {k: v for k, v in SAMPLED.items() if k != "group_size"}
+    quick |= {"model": tiny_model(words), "tokenizer": words, "reward": new_scorer(Policy(tiny_model(words)))}
+    run = prefzoo.steps("ppo", dataset=PAIRS, max_steps=1, critic_from="reward", lora=True, inner_epochs=1, **quick)
+    next(run)
+    moving = [k for k, p in run.engine.critic.named_parameters() if p.requires_grad]
+    assert any(is_adapter(k) for k in moving) and all(is_adapter(k) or k.startswith("head.") for k in moving)

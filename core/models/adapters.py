@@ -65,12 +65,17 @@ def add_adapter(
         use_dora=adapter.variant == "dora", use_rslora=adapter.variant == "rslora", revision=revision,
         trainable_token_indices=_new_rows(model, new_ids) if new_ids else None,
     )  # fmt: skip
+    apart = UsageError(
+        f"new tokens have embeddings of their own to train; leave those out of lora_targets {targets!r}."
+    )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Conv1D is transposed, and names of the library that were renamed
         torch.manual_seed(adapter.seed)
         try:
             made = peft.get_peft_model(model, config)
         except (ValueError, TypeError) as error:
+            if "trainable_token_indices" in str(error):
+                raise apart from error
             linear = {n.rpartition(".")[2] for n, m in model.named_modules() if "Linear" in type(m).__name__}
             names = linear or {n.rpartition(".")[2] for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
             raise UsageError(
@@ -78,9 +83,7 @@ def add_adapter(
             ) from error
     embeddings = [e for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None]
     if new_ids and any("lora_" in name for layer in embeddings for name, _ in layer.named_parameters()):
-        raise UsageError(
-            f"new tokens have embeddings of their own to train; leave those out of lora_targets {targets!r}."
-        )
+        raise apart
     return made
 
 

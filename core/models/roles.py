@@ -83,8 +83,8 @@ class Policy(Role):
 
     @property
     def fresh_adapter(self) -> bool:
-        """Whether the adapter still changes nothing: its second factor starts at zero."""
-        factors = [p for name, p in self.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+        """Whether the adapter still changes nothing: one factor starts at zero, of an embedding the first."""
+        factors = [p for name, p in self.named_parameters() if "lora_B" in name or "lora_embedding_A" in name]
         return self.adapter is not None and not any(bool(p.any()) for p in factors)
 
     def forward(self, tree: TreeBatch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:

@@ -270,7 +270,7 @@ class Engine:
             samples = self.rollouts.generate(prompts, source.group_size, source.sampling, seed, keys)
         self.spent.prompts += len(prompts)
         self.spent.generated_tokens += len(samples.completions.flat)
-        if source.top_p < 1 or self.config.precision != "float32":
+        if source.top_p < 1 or not self.config.precision == self.config.dtype == "float32":
             # The sampler's numbers are not the learner's; the ratio must start at 1.
             samples = samples.with_tokens(old_logps=self.policy_logps(samples))
         scores_B = stage.feedback(samples, self)
