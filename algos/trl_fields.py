@@ -363,6 +363,13 @@ TRAINERS = {
 # ------------------------------------------------------------------------------------------------ the translation
 
 
+ARGUMENTS = {  # what users give to a trainer beside its configuration -> ours
+    "train_dataset": "dataset=", "ref_model": "reference=", "processing_class": "tokenizer=",
+    "peft_config": "lora=True, with lora_rank, lora_alpha, lora_targets", "args": "the options themselves",
+    "callbacks": "callback=",
+}  # fmt: skip
+
+
 def translate(
     trainer: str, fields: Mapping[str, Any], *, algorithm: str | None = None, source: str = "these options"
 ) -> Translated:
@@ -385,6 +392,8 @@ def translate(
         owners = [TRAINERS[other] for other, table in OWN.items() if key in table]
         if rule is not None:
             rule(out, key)
+        elif key in ARGUMENTS:
+            out.refuse(key, f"an argument of the trainer; here it is {ARGUMENTS[key]}.")
         elif owners:
             out.refuse(key, f"a field of {', '.join(owners)}, not of {TRAINERS[name]}; leave it out.")
         else:
@@ -449,8 +458,8 @@ def read_trl_config(
     chosen = trainer or next(iter(named), None)
     if chosen is None:
         raise UsageError(
-            f"config {str(path)!r} does not say whose it is: name the trainer ({', '.join(TRAINERS)}), or write "
-            "'trainer: dpo' into the file."
+            f"config {str(path)!r} does not say whose it is: name the trainer ({', '.join(TRAINERS)}), as in "
+            "'prefzoo train trl:dpo --from-trl FILE', or write 'trainer: dpo' into the file."
         )
     return translate(chosen, fields, source=f"config {str(path)!r}")
 

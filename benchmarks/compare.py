@@ -20,11 +20,12 @@ from prefzoo.data.tokens import encode_prompts
 from prefzoo.feedback import resolve_reward
 from prefzoo.generation import sample, texts
 from prefzoo.models.causal import open_config
+from prefzoo.models.folders import run_model
 from prefzoo.models.load import load_tokenizer
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Sampling
 from prefzoo.training import Run
-from prefzoo.training.run import load_run_policy, run_model
+from prefzoo.training.run import load_run_policy
 
 PairJudge = Callable[[list[str], list[str], list[str]], Sequence[float]]
 

@@ -218,6 +218,7 @@ def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="run or model folder, adapter, hub id")],
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt; repeatable")] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="a data set with prompts")] = None,
+    columns: Columns = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="write the answers there")] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="answers per prompt")] = 1,
     temperature: Temperature = 1.0,
@@ -233,7 +234,7 @@ def generate(
 
     loading = {"revision": revision, "trust_remote_code": trust_remote_code}
     generation.generate(
-        model, prompt or [], prompts, out, n, Sampling(temperature, top_p, max_new_tokens), seed, loading
+        model, prompt or [], prompts, columns, out, n, Sampling(temperature, top_p, max_new_tokens), seed, loading
     )
 
 

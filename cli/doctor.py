@@ -59,12 +59,13 @@ def examine(
         return
     name, merged = read_all(words, given, config, from_trl, settings, imports)
     facts, run = dry_run(name, merged)
-    _print(console, f"dry run: {name}, two steps on {ROWS} rows", facts)
     assert run.engine is not None
     console.print("[bold underline]the batch, as the model reads it[/]")
     for row in range(len(run.engine.data)):
         console.print(f"\n-- row {row + 1}")
         show_row(console, run.engine.data, run.tokenizer, row)
+    console.print()
+    _print(console, f"dry run: {name}, two steps on {ROWS} rows", facts)
 
 
 def machine() -> dict[str, str]:
@@ -127,7 +128,7 @@ def dry_run(name: str, merged: Mapping[str, Any]) -> tuple[dict[str, str], Steps
     model = run.policy.model
     parameters = sum(p.numel() for p in run.policy.parameters())
     facts = {
-        "data": "\n".join(data.report.lines()),
+        "data": "\n".join(data.report.lines()).removeprefix("data "),
         "model": f"{model.config.model_type}, {parameters:,} parameters, {model.dtype}, on {run.device}",
         "attention": "packed, prompts shared" if run.policy.packed else "padded rows (slower)",
     }

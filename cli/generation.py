@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from prefzoo.cli.training import read_columns
 from prefzoo.data.formats import convert, load_dataset
 from prefzoo.generation import resolve_policy, sample, texts
 from prefzoo.registry import UsageError
@@ -19,15 +20,25 @@ from prefzoo.seeds import derive_seed
 
 
 def generate(
-    model: str, prompts: Sequence[str], file: Path | None, out: Path | None, n: int, sampling: Sampling, seed: int,
+    model: str,
+    prompts: Sequence[str],
+    file: Path | None,
+    columns: str | None,
+    out: Path | None,
+    n: int,
+    sampling: Sampling,
+    seed: int,
     loading: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Answer prompts of the command line, of a data set, or of standard input (one a line)."""
     if out is not None and out.exists():
         raise UsageError(f"--out {str(out)!r} exists already; choose another name.")
     rows: list[dict[str, Any]] = [{"prompt": p} for p in prompts]
     if file is not None:
-        rows += convert(load_dataset(file), "prompt").rows
+        named = None if columns is None else read_columns(columns)
+        rows += convert(load_dataset(file, columns=named), "prompt").rows
+    elif columns is not None:
+        raise UsageError("--columns has no effect without --prompts, the file that has them.")
     if not rows and not sys.stdin.isatty():
         rows = [{"prompt": line.rstrip("\n")} for line in sys.stdin if line.strip()]
     if not rows:

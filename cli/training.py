@@ -11,6 +11,7 @@ import yaml
 
 from prefzoo.algorithm import algorithm_entry
 from prefzoo.algos.trl import read_trl_config
+from prefzoo.algos.trl_fields import FIELDS
 from prefzoo.plugins import import_file, import_function, names_function
 from prefzoo.registry import UsageError, suggest
 from prefzoo.training import TrainConfig
@@ -95,14 +96,19 @@ def read_all(
 def read_trl(file: Path, name: str | None, said: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """A TRL configuration in our words; what maps, what has no effect and what is refused is printed.
 
-    What was said beside the file wins over it: our arguments as they are, the rest by TRL's names.
+    What was said beside the file wins over it: our arguments, and our settings where TRL has no field of the name, as
+    they are; the rest by TRL's names.
     """
+    theirs = {field for table in FIELDS.values() for field in table}
     ours = {k: v for k, v in said.items() if k in ARGUMENTS}
-    translated = read_trl_config(file, name, {k: v for k, v in said.items() if k not in ours})
+    settings = {k: v for k, v in said.items() if k in TrainConfig.model_fields and k not in theirs}
+    rest = {k: v for k, v in said.items() if k not in ours and k not in settings}
+    translated = read_trl_config(file, name, rest)
     for line in translated.lines():
         print(line, file=sys.stderr)
     translated.check()
-    return translated.algorithm, {**translated.call(), **ours}
+    found = translated.call()
+    return translated.algorithm, {**found, **ours, "config": found["config"] | settings}
 
 
 def read_columns(text: str) -> dict[str, str]:

@@ -28,6 +28,7 @@ _FACE = {
     "register_algorithm": "prefzoo.algorithm",
     "DataSource": "prefzoo.data.formats",
     "load_dataset": "prefzoo.data.formats",
+    "split_by_prompt": "prefzoo.data.formats",
     "compare": "prefzoo.benchmarks",
     "UsageError": "prefzoo.registry",
 }
@@ -43,14 +44,15 @@ if TYPE_CHECKING:
         register_algorithm,
     )  # fmt: skip
     from prefzoo.benchmarks import compare
-    from prefzoo.data.formats import DataSource, load_dataset
+    from prefzoo.data.formats import DataSource, load_dataset, split_by_prompt
     from prefzoo.generation import generate
     from prefzoo.registry import UsageError
     from prefzoo.training import Run, TrainConfig, steps, train
 
 __all__ = [
     "Algorithm", "DataSource", "Run", "Schedule", "Stage", "Term", "TrainConfig", "UsageError", "compare",
-    "create_algorithm", "generate", "list_algorithms", "load_dataset", "register_algorithm", "steps", "train",
+    "create_algorithm", "generate", "list_algorithms", "load_dataset", "register_algorithm", "split_by_prompt", "steps",
+    "train",
 ]  # fmt: skip
 
 

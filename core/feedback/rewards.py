@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefzoo.data.samples import Samples
 from prefzoo.feedback.verifiers import KEYWORDS, VERIFIERS, verifier
-from prefzoo.models.folders import REWARD_FILE, no_bars
+from prefzoo.models.folders import REWARD_FILE, no_bars, run_model
 from prefzoo.models.load import load_scorer
 from prefzoo.models.roles import Scorer
 from prefzoo.models.scorers import open_classifier
@@ -356,6 +356,7 @@ def _open_reward_model(source: str, tokenizer: PreTrainedTokenizerBase, device: 
     """One that reads the policy's ids, where each means the same to it and it scores a last token; else the text."""
     from prefzoo.feedback.text import TextReward
 
+    source = run_model(source)
     try:
         own = open_tokenizer(source)
     except UsageError:

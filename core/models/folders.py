@@ -46,6 +46,12 @@ def told(source: str | Path) -> str:
     return f"model {str(source)!r}: {'' if Path(source).is_dir() else 'it is no folder here, and from the hub '}"
 
 
+def run_model(source: str | Path) -> str:
+    """The model folder of a run, or the source itself."""
+    final = Path(source) / "final"
+    return str(final if final.is_dir() else source)
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:240]
 

@@ -132,7 +132,7 @@ def card(record: Mapping[str, Any], history: Sequence[Mapping[str, Any]], adapte
     lines = [
         "---", data.to_yaml().strip(), "---", "",
         f"# {name} from {base}", "",
-        f"Trained by [prefzoo](https://pypi.org/project/prefzoo/) {record['versions']['prefzoo']} with the algorithm "
+        f"Trained by prefzoo {record['versions']['prefzoo']} with the algorithm "
         f"`{name}`: this page was written by the run from its own record.", "",
         "## How it was made", "",
         "| | |", "|---|---|",
@@ -234,6 +234,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], file: Path, title: str, no
                     label = name if not prefix or name not in have else None
                     marker = "o" if len(points) < 30 else None
                     axis.plot(*zip(*points, strict=True), style, color=f"C{color}", marker=marker, ms=3, label=label)
+        axis.ticklabel_format(axis="y", useOffset=False)
         axis.set_title(panel, fontsize=10)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

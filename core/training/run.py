@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefzoo.algorithm import Algorithm, Stage
 from prefzoo.data.samples import Samples
+from prefzoo.models.folders import run_model
 from prefzoo.models.load import load_policy, load_scorer, load_tokenizer, save_policy, save_scorer, set_checkpointing
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.parts.roles import REFERENCE
@@ -31,9 +32,9 @@ class Run:
     """A finished run: the trained module, what it cost, its metrics, and where it was written."""
 
     algorithm: str
-    policy: Policy | None
-    scorer: Scorer | None
-    tokenizer: PreTrainedTokenizerBase
+    policy: Policy | None = field(repr=False)
+    scorer: Scorer | None = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     spent: Spent
     history: list[dict[str, Any]] = field(repr=False)
     output_dir: Path | None = None
@@ -176,6 +177,11 @@ class Steps:
         total = engine.total_steps
         self.log.begin(total)
         every = settings.eval_steps or math.ceil(total / 10)
+        if engine.optimizer_steps <= engine.config.warmup_steps and settings.learning_rate > 0:
+            self.log.note(
+                f"note: the warm-up of {engine.config.warmup_steps:g} steps is as long as the run of "
+                f"{engine.optimizer_steps}: the learning rate hardly reaches {settings.learning_rate:g} (warmup_steps)."
+            )
         if held is not None:
             self._evaluate(engine, held, 0)
         for step, values, logged in engine.run():
@@ -188,7 +194,8 @@ class Steps:
                 going_on = going_on and not any(answer is True for answer in answers)
             yield Step(step, total, values, evaluation, self.policy, number)
             if not going_on:
-                self.log.note(f"stopped after step {step} of {total}.")
+                if step < total:
+                    self.log.note(f"stopped after step {step} of {total}, as asked.")
                 return False
         return True
 
@@ -342,12 +349,6 @@ def load_run_policy(
     found = run_model(source)
     tokenizer = load_tokenizer(found, chat_template=chat_template, **where)
     return load_policy(found, tokenizer=tokenizer, **where), tokenizer
-
-
-def run_model(source: str | Path) -> str:
-    """The model folder of a run, or the source itself."""
-    final = Path(source) / "final"
-    return str(final if final.is_dir() else source)
 
 
 def _name_of(value: Any) -> Any:

@@ -19,6 +19,7 @@ from prefzoo.data.tokens import tokenise
 from prefzoo.feedback import RewardSource, resolve_reward
 from prefzoo.feedback.rewards import ModelReward
 from prefzoo.models.adapters import Adapter
+from prefzoo.models.folders import run_model
 from prefzoo.models.load import (
     Size,
     clone,
@@ -173,6 +174,8 @@ def start_model(
         raise UsageError(f"tokenizer: expected a tokenizer object (AutoTokenizer.from_pretrained(...)), got {got}.")
     if s.revision is not None and isinstance(model, str | Path) and Path(model).is_dir():
         raise UsageError(f"revision={s.revision!r} has no effect on a local folder, {str(model)!r}; leave it out.")
+    if isinstance(model, str | Path) and str(model) not in ("tiny", "small"):
+        model = run_model(model)
     words: dict[str, Any] = {"chat_template": s.chat_template, "added_tokens": s.added_tokens}
     where: dict[str, Any] = {"revision": s.revision, "trust_remote_code": s.trust_remote_code}
     if isinstance(model, str) and model in ("tiny", "small"):
@@ -195,6 +198,7 @@ def start_model(
 
 def anchor(reference: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainConfig, note: Note) -> Policy:
     """The user's own reference, frozen, in the precision of the policy."""
+    reference = run_model(reference) if isinstance(reference, str | Path) else reference
     if isinstance(reference, str | Path) and not same_tokens(open_tokenizer(reference), tokenizer):
         raise UsageError(
             f"reference {str(reference)!r}: its tokenizer has other ids than the policy's, so it would score other "
