@@ -513,3 +513,20 @@ def test_a_critic_from_a_reward_model_gets_an_adapter_too():
     next(run)
     moving = [k for k, p in run.engine.critic.named_parameters() if p.requires_grad]
     assert any(is_adapter(k) for k in moving) and all(is_adapter(k) or k.startswith("head.") for k in moving)
+
+
+def test_the_folder_of_a_run_is_its_model(finished, tmp_path):
+    """As start and as reference: at learning rate 0 the policy stays its own reference."""
+    folder = finished[1]
+    quick = QUICK | {"model": folder, "learning_rate": 0.0}
+    run = prefzoo.train("dpo", dataset=PAIRS, reference=folder, max_steps=1, **quick)
+    assert run.history[-1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert torch.equal(weights(run.policy), weights(finished[0].policy))
+
+
+def test_a_warm_up_as_long_as_the_run_is_told(capsys):
+    loud = QUICK | {"quiet": False, "max_steps": 2}
+    prefzoo.train("dpo", dataset=PAIRS, **loud | {"warmup_steps": 10})
+    assert "warm-up of 10 steps is as long as the run of 2" in capsys.readouterr().err
+    prefzoo.train("dpo", dataset=PAIRS, **loud | {"warmup_steps": 1})
+    assert "warm-up" not in capsys.readouterr().err

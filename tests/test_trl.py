@@ -525,3 +525,19 @@ def test_a_run_under_every_name(name: str, tmp_path: Path) -> None:
     assert record["algorithm"] == name and record["config"]["betas"] == [0.9, 0.999]
     if not sampled:
         assert record["config"]["rows_per_step"] == 4
+
+
+def test_arguments_of_a_trainer_are_told_by_our_names() -> None:
+    found = translate("dpo", {"train_dataset": "pairs.jsonl", "ref_model": "other"})
+    assert [field for field, _, _ in found.refused] == ["train_dataset", "ref_model"]
+    assert "here it is dataset=" in "\n".join(found.lines()) and "here it is reference=" in "\n".join(found.lines())
+
+
+def test_our_settings_stand_beside_a_file(tmp_path: Path) -> None:
+    """Where TRL has no field of the name; what TRL names wins over the file by TRL's name."""
+    from prefzoo.cli.training import read_trl
+
+    (tmp_path / "dpo.yaml").write_text("trainer: dpo\nbeta: 0.2\n")
+    name, call = read_trl(tmp_path / "dpo.yaml", None, {"eval_split": 0.2, "beta": 0.4, "output_dir": "here"})
+    assert name == "trl:dpo" and call["beta"] == 0.4 and call["output_dir"] == "here"
+    assert call["config"]["eval_split"] == 0.2
