@@ -48,10 +48,13 @@ from prefzoo.algos.trl_rules import (
     precision,
     push,
     real,
+    resume,
     revision,
     rewards,
     rows,
     sampling_order,
+    save_limit,
+    saving,
     scale,
     scheduler,
     setting,
@@ -70,12 +73,12 @@ from prefzoo.yaml_numbers import read_yaml
 
 Table = dict[str, Rule]
 HUB = no_effect("the hub gets the model once, at the end")
-CHECKPOINTS = no_effect("the model is written at the end; there are no checkpoints yet")
+CHECKPOINTS = no_effect("a checkpoint always holds all that the run needs, and is written where output_dir is")
 LOADER = no_effect("rows are tokenised once and read from memory")
-SPREAD = no_effect("one process uses one device")
+SPREAD = no_effect("gradients of all processes are summed once in a step")
 COSMETIC = no_effect("of the log's looks")
 SPEED = no_effect("speed and memory only; the result is the same")
-PROCESSES = "one process uses one device; sharding is not here yet"
+PROCESSES = "models are not sharded yet; every process holds the whole one"
 FORMAT = no_effect("masks come from positions, so padding does not matter")
 
 TRAINING: Table = {
@@ -113,7 +116,7 @@ TRAINING: Table = {
     "logging_strategy": no_effect("metrics are logged every logging_steps steps"),
     "logging_steps": Rule("`logging_steps`", logging),
     "logging_first_step": COSMETIC, "log_on_each_node": COSMETIC, "log_level": COSMETIC, "log_level_replica": COSMETIC,
-    "disable_tqdm": COSMETIC, "logging_nan_inf_filter": no_effect("a loss that is not finite stops the run"),
+    "disable_tqdm": COSMETIC, "logging_nan_inf_filter": no_effect("a loss that is not finite is always told"),
     "include_num_input_tokens_seen": no_effect("num_tokens is always logged"),
     "report_to": Rule("`report_to`", trackers),
     "run_name": COSMETIC, "project": COSMETIC, "trackio_space_id": COSMETIC, "trackio_bucket_id": COSMETIC,
@@ -127,9 +130,11 @@ TRAINING: Table = {
     "include_for_metrics": no_effect("there is no compute_metrics"),
     "batch_eval_metrics": no_effect("there is no compute_metrics"),
     "label_names": no_effect("there is no compute_metrics"),
-    "save_strategy": CHECKPOINTS, "save_steps": CHECKPOINTS, "save_total_limit": CHECKPOINTS,
+    "save_strategy": Rule("`save_steps`; steps, or no, which is ours to decide", saving),
+    "save_steps": Rule("`save_steps`", saving),
+    "save_total_limit": Rule("`save_total_limit`", save_limit),
     "save_only_model": CHECKPOINTS, "save_on_each_node": CHECKPOINTS, "enable_jit_checkpoint": CHECKPOINTS,
-    "resume_from_checkpoint": fixed(None, why="there are no checkpoints to go on from yet"),
+    "resume_from_checkpoint": Rule("`resume=`, of the newest checkpoint in output_dir", resume),
     "ignore_data_skip": CHECKPOINTS, "restore_callback_states_from_checkpoint": CHECKPOINTS,
     "load_best_model_at_end": Rule("`best_metric`; the best is in OUTPUT/best", best),
     "metric_for_best_model": Rule("`best_metric`", best),
@@ -139,7 +144,7 @@ TRAINING: Table = {
     "hub_token": fixed(None, why="log in with the hub's own command; tokens do not belong in files"),
     "hub_private_repo": fixed(None, False, why="make the repository private on the hub first"),
     "hub_strategy": HUB, "hub_always_push": HUB, "hub_revision": fixed(None, "main", why="the main branch is written"),
-    "full_determinism": no_effect("a run is a function of its seed; on a CPU bit by bit"),
+    "full_determinism": setting("deterministic", flag),
     "seed": setting("seed", whole), "data_seed": fixed(None, why="one seed is for all"),
     "use_cpu": Rule("`device`", device),
     "accelerator_config": fixed(None, why=PROCESSES), "parallelism_config": fixed(None, why=PROCESSES),
@@ -194,7 +199,7 @@ SCRIPT: Table = {
     "test_split_size": Rule("`eval_split`, of datasets", data),
     "env": no_effect("set the variables in the shell, before the run"),
     "accelerate_config": fixed("single_gpu", None, why=PROCESSES),
-    "num_processes": fixed(1, None, why=PROCESSES),
+    "num_processes": fixed(1, None, why="the launcher says how many: accelerate launch --num_processes N"),
 }
 
 EXPERTS = fixed(None, 0.0, why="experts get no balancing loss")

@@ -392,6 +392,38 @@ def evaluation(out: Translated, name: str) -> None:
     raise Refusal("a share of the run is not here; give the number of steps.")
 
 
+def saving(out: Translated, name: str) -> None:
+    """``save_strategy`` and ``save_steps``. Without either, checkpoints are written as often as costs little."""
+    strategy = out.get("save_strategy", "steps")
+    strategy = "no" if strategy is False else str(strategy)
+    if strategy == "no":
+        return out.ignore(name, "checkpoints cost about 1 % of the time, and none is left at the end")
+    if strategy != "steps":
+        if name == "save_steps":
+            return out.ignore(name, "of a save_strategy that is refused")
+        raise Refusal("checkpoints are every save_steps steps; give save_strategy: steps, or leave it out.")
+    steps = real(out.get("save_steps", 500)) or 0.0
+    if steps < 1:
+        raise Refusal("a share of the run is not here; give the number of steps.")
+    out.set(name, "save_steps", max(1, round(steps / _updates(out))))
+
+
+def save_limit(out: Translated, name: str) -> None:
+    limit = whole(out.given[name])
+    if limit is None:
+        return out.ignore(name, "the newest two checkpoints are kept, never all")
+    out.set(name, "save_total_limit", positive(limit))
+
+
+def resume(out: Translated, name: str) -> None:
+    value = out.given[name]
+    if value in (None, False):
+        return out.same(name)
+    if value is not True:
+        raise Refusal("a run goes on from the newest checkpoint of its output_dir; give true.")
+    out.put(out.arguments, name, "resume", True)
+
+
 def _evaluates(out: Translated) -> bool:
     return out.get("eval_strategy", out.get("evaluation_strategy", "no")) not in ("no", False)
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import prefzoo
-from prefzoo.registry import UsageError
+from prefzoo.registry import RunError, UsageError
 
 app = typer.Typer(
     name="prefzoo",
@@ -54,20 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        if not _told(error):
-            raise
+    except (UsageError, RunError) as error:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _told(error: Exception) -> bool:
-    """Whether the error's own words are enough for the user. The engine's class is known only if it was imported."""
-    engine = sys.modules.get("prefzoo.training.engine")
-    return isinstance(error, UsageError) or (engine is not None and isinstance(error, engine.NonFiniteError))
 
 
 def _version(wanted: bool) -> None:
@@ -149,6 +141,14 @@ def train(
     from_trl: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="a configuration of a TRL trainer")] = None,
     settings: Settings = None,
     imports: Imports = [],  # noqa: B006
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="go on from the newest checkpoint of the folder; from the start without one"),
+    ] = False,
+    may_differ: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="what may differ from the run that is resumed: max_steps, versions"),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress, only the result")] = False,
 ) -> None:
     """Train a model; the result is an ordinary model folder, OUTPUT/final.
@@ -162,7 +162,7 @@ def train(
     given = {
         "model": model, "dataset": dataset, "eval_dataset": eval_dataset, "columns": columns, "output_dir": output_dir,
         "max_steps": max_steps, "reward": reward, "reference": reference, "ptx_dataset": ptx_dataset,
-        "push_to_hub": push_to_hub, "seed": seed,
+        "push_to_hub": push_to_hub, "seed": seed, "resume": resume or None, "may_differ": may_differ,
     }  # fmt: skip
     training.train(words, given, config, from_trl, settings or [], imports, quiet)
 
@@ -268,12 +268,33 @@ def bench(
     workers: Annotated[int | None, typer.Option(min=1, help="processes")] = None,
     imports: Imports = [],  # noqa: B006
 ) -> None:
-    """Train several algorithms on the same data and compare them; what is already in the folder is not run again."""
+    """Train several algorithms on the same data and compare them; what is already in the folder is not run again.
+
+    After Ctrl-C, a kill or a failure the same command goes on where it was.
+    """
     from prefzoo import benchmarks
+    from prefzoo.training import Stopped
 
     chosen = None if algorithms is None else [a.strip() for a in algorithms.split(",") if a.strip()]
     folder = out or Path("runs") / suite
-    benchmarks.run(suite, out=folder, algorithms=chosen, seeds=seeds, data=data, imports=imports, workers=workers)
+    try:
+        benchmarks.run(suite, out=folder, algorithms=chosen, seeds=seeds, data=data, imports=imports, workers=workers)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        raise typer.Exit(stop.exit_code) from None
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="RUN1", help="folder of a run, its final/ or a checkpoint")],
+    second: Annotated[str, typer.Argument(metavar="RUN2", help="another")],
+    everything: Annotated[bool, typer.Option("--all", help="show differences without effect too")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Why two runs differ: where their metrics part, how far their weights are, what they were given differently."""
+    from prefzoo.cli import diff as shown
+
+    shown.show_diff(first, second, everything, as_json)
 
 
 @app.command()

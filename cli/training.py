@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
 import yaml
 
 from prefzoo.algorithm import algorithm_entry
@@ -14,14 +16,15 @@ from prefzoo.algos.trl import read_trl_config
 from prefzoo.algos.trl_fields import FIELDS
 from prefzoo.plugins import import_file, import_function, names_function
 from prefzoo.registry import UsageError, suggest
-from prefzoo.training import TrainConfig
+from prefzoo.training import Stopped, TrainConfig
 from prefzoo.training import train as train_algorithm
+from prefzoo.training.checkpoint import found
 from prefzoo.yaml_numbers import Numbers, read_yaml
 
 # What train() takes beside options of the algorithm and of the training.
 ARGUMENTS = (
     "model", "dataset", "output_dir", "reward", "reward_weights", "reference", "ptx_dataset", "eval_dataset",
-    "push_to_hub",
+    "push_to_hub", "resume", "may_differ",
 )  # fmt: skip
 
 
@@ -37,7 +40,14 @@ def train(
     """Train, then say where the result is."""
     name, merged = read_all(words, given, config, from_trl, settings, imports)
     merged.setdefault("output_dir", Path("runs") / name.replace(":", "-"))
-    run = train_algorithm(name, quiet=quiet, **merged)
+    try:
+        run = train_algorithm(name, quiet=quiet, **merged)
+    except BaseException as error:
+        if found(Path(merged["output_dir"])) and merged.get("resume") is not True:
+            print(f"go on with: {shlex.join(['prefzoo', *sys.argv[1:], '--resume'])}", file=sys.stderr)
+        if isinstance(error, Stopped):
+            raise typer.Exit(error.exit_code) from None
+        raise
     for row in (
         next((r for r in reversed(run.history) if "learning_rate" in r), None),
         next((r for r in reversed(run.history) if any(k.startswith("eval/") for k in r)), None),
@@ -85,6 +95,8 @@ def read_all(
     if "reward" in merged:
         rewards = [import_function(r) if names_function(r) else r for r in listed(merged["reward"])]
         merged["reward"] = rewards[0] if len(rewards) == 1 else rewards
+    if isinstance(merged.get("may_differ"), str):
+        merged["may_differ"] = [word.strip() for word in merged["may_differ"].split(",")]
     if isinstance(merged.get("columns"), str):
         merged["columns"] = read_columns(merged["columns"])
     for key in ("dataset", "eval_dataset"):

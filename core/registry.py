@@ -24,6 +24,10 @@ class UsageError(ValueError):
     """A mistake of the caller, told in words: what is at fault, what was expected, and the cure."""
 
 
+class RunError(RuntimeError):
+    """What a run could not go on for, told in words: a disk, numbers that are not finite, another process that died."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that looks most like this one, if any does."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), None)

@@ -255,6 +255,8 @@ def test_reward_model(name: str, words: Any) -> None:
 class Given(RewardSource):
     """The rewards of the file."""
 
+    name = "given"
+
     def __init__(self, rewards: list[float]) -> None:
         self.rewards = torch.tensor(rewards)
 

@@ -255,16 +255,16 @@ def test_an_error_in_a_loop_of_ones_own_keeps_what_was_trained(tmp_path):
             while steps.spent.optimizer_steps < taken:
                 next(steps)
             raise ZeroDivisionError
-        assert (tmp_path / name / "interrupted").exists() == (taken > 0)
+        assert (tmp_path / name / "checkpoint-2").exists() == (taken > 0)
         assert not (tmp_path / name / "final").exists()
-    kept = load_policy(tmp_path / "two" / "interrupted")
+    kept = load_policy(tmp_path / "two" / "checkpoint-2")
     assert torch.equal(weights(kept), weights(steps.policy))
     steps = prefzoo.steps("dpo", dataset=PAIRS, max_steps=1, output_dir=tmp_path / "all", **QUICK)
     with pytest.raises(ZeroDivisionError), steps:
         next(steps)
         steps.finish()
         raise ZeroDivisionError
-    assert (tmp_path / "all" / "final").exists() and not (tmp_path / "all" / "interrupted").exists()
+    assert (tmp_path / "all" / "final").exists() and not list((tmp_path / "all").glob("checkpoint-*"))
 
 
 def test_a_run_that_never_began_has_no_result(tmp_path):
@@ -298,8 +298,8 @@ def test_an_error_keeps_what_was_trained(error, tmp_path, capsys):
     interrupted = isinstance(error, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt if interrupted else UsageError, match=None if interrupted else "moody"):
         prefzoo.train("grpo", dataset=PAIRS, max_steps=9, output_dir=tmp_path / "a", **SAMPLED | {"reward": moody})
-    assert str(tmp_path / "a" / "interrupted") in capsys.readouterr().err
-    kept = load_policy(tmp_path / "a" / "interrupted")
+    assert str(tmp_path / "a" / "checkpoint-2") in capsys.readouterr().err
+    kept = load_policy(tmp_path / "a" / "checkpoint-2")
     two = prefzoo.train("grpo", dataset=PAIRS, max_steps=2, **SAMPLED | {"reward": lambda completions, **_: [
         1.0 * (i % 2) for i in range(len(completions))
     ]})  # fmt: skip
@@ -409,7 +409,7 @@ def test_push_to_hub(monkeypatch, tmp_path):
     with pytest.raises(UsageError, match=r"403 Forbidden.*upload it later"):
         prefzoo.train("sft", dataset=PAIRS, max_steps=1, output_dir=tmp_path / "b", push_to_hub="me/refused", **QUICK)
     assert (tmp_path / "b" / "final" / "config.json").exists() and (tmp_path / "b" / "run.json").exists()
-    assert not (tmp_path / "b" / "interrupted").exists(), "the model is in final: nothing was interrupted"
+    assert not list((tmp_path / "b").glob("checkpoint-*")), "the model is in final: nothing was interrupted"
     with pytest.raises(UsageError, match="output_dir"):
         prefzoo.train("sft", dataset=PAIRS, push_to_hub="me/model", **QUICK)
 

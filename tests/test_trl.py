@@ -234,7 +234,7 @@ def test_trls_defaults_are_the_entrys(trainer: str) -> None:
     assert plain == algorithm.options
     config = TrainConfig.of(algorithm.recommended)
     different = {k for k, v in found.settings.items() if getattr(config, k) != v}
-    assert different - {"gradient_checkpointing", "seed"} == (
+    assert different - {"gradient_checkpointing", "seed", "save_steps"} == (
         {"shuffle"} if trainer == "kto" else {"log_completions"} if trainer == "grpo" else set()
     )
     assert not found.arguments
@@ -347,9 +347,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "schedule": ("sft", {"lr_scheduler_type": "cosin"}, "there are linear", "did you mean 'cosine'"),
     "epoch-wise": ("sft", {"eval_strategy": "epoch"}, "every eval_steps steps", "eval_strategy: steps"),
     "tracker": ("sft", {"report_to": ["comet_ml"]}, "there are tensorboard", "comet_ml"),
-    "shards": ("sft", {"deepspeed": "zero3.json"}, "one process uses one device", "only null"),
-    "launcher": ("sft", {"num_processes": 8}, "one process uses one device", "only 1"),
-    "resume": ("sft", {"resume_from_checkpoint": "c"}, "no checkpoints", "only null"),
+    "shards": ("sft", {"deepspeed": "zero3.json"}, "not sharded", "only null"),
+    "launcher": ("sft", {"num_processes": 8}, "accelerate launch", "only 1"),
+    "resume": ("sft", {"resume_from_checkpoint": "c"}, "newest checkpoint of its output_dir", "give true"),
+    "checkpoints by epoch": ("sft", {"save_strategy": "epoch"}, "every save_steps steps", "save_strategy: steps"),
     "hub without a name": ("sft", {"push_to_hub": True}, "give hub_model_id", "push_to_hub = True"),
     "both adapters": ("sft", {"use_peft": True, "use_dora": True, "use_rslora": True}, "together", "choose one"),
     "adapter dropout": ("sft", {"use_peft": True, "lora_dropout": 0.05}, "no dropout", "set it to 0"),

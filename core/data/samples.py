@@ -58,6 +58,11 @@ class Ragged:
         rows = np.asarray(rows, dtype=np.int64)
         return Ragged(self.flat[self.positions(rows)], offsets_of(self.lengths[rows]))
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Ragged]) -> Ragged:
+        """The sequences of all parts, one part after another."""
+        return cls(np.concatenate([p.flat for p in parts]), offsets_of(np.concatenate([p.lengths for p in parts])))
+
     def save(self, folder: Path, name: str) -> None:
         np.save(folder / f"{name}.flat.npy", self.flat)
         np.save(folder / f"{name}.offsets.npy", self.offsets)
@@ -129,6 +134,49 @@ class Samples:
         for name, value in tokens.items():
             assert len(value) == len(self.completions.flat), (name, len(value), len(self.completions.flat))
         return replace(self, tokens={**self.tokens, **tokens})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it but ``extra`` as tensors by name, for a checkpoint."""
+        arrays = {"prompt_B": self.prompt_B}
+        for name, ragged in (("prompts", self.prompts), ("completions", self.completions)):
+            arrays |= {f"{name}.flat": ragged.flat, f"{name}.offsets": ragged.offsets}
+        groups = (("columns", self.columns), ("pair_columns", self.pair_columns), ("tokens", self.tokens))
+        columns = {f"{group}.{k}": v for group, values in groups for k, v in values.items()}
+        return {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()} | columns
+
+    @classmethod
+    def from_tensors(cls, kind: Kind, tensors: Mapping[str, Tensor]) -> Samples:
+        """What :meth:`tensors` gave."""
+
+        def columns(group: str) -> dict[str, Tensor]:
+            return {k.removeprefix(group): v for k, v in tensors.items() if k.startswith(group)}
+
+        prompts, completions = (
+            Ragged(tensors[f"{name}.flat"].numpy(), tensors[f"{name}.offsets"].numpy())
+            for name in ("prompts", "completions")
+        )
+        return cls(
+            kind, prompts, completions, tensors["prompt_B"].numpy(),
+            columns=columns("columns."), pair_columns=columns("pair_columns."), tokens=columns("tokens."),
+        )  # fmt: skip
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Samples]) -> Samples:
+        """The rows of all parts, of one kind and with the same columns, one part after another."""
+        if len(parts) == 1:
+            return parts[0]
+        first, before = parts[0], offsets_of(np.asarray([len(p.prompts) for p in parts]))
+        joined = lambda group: {  # noqa: E731
+            k: torch.cat([getattr(p, group)[k] for p in parts]) for k in getattr(first, group)
+        }
+        return cls(
+            first.kind,
+            Ragged.concatenate([p.prompts for p in parts]),
+            Ragged.concatenate([p.completions for p in parts]),
+            np.concatenate([p.prompt_B + start for p, start in zip(parts, before[:-1], strict=True)]),
+            columns=joined("columns"), pair_columns=joined("pair_columns"), tokens=joined("tokens"),
+            extra={k: [value for p in parts for value in p.extra[k]] for k in first.extra},
+        )  # fmt: skip
 
     def as_prompts(self) -> Samples:
         """The prompts alone."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.models.roles import Policy, Scores, is_adapter
 from prefzoo.models.tree import TreeBatch, packed
+from prefzoo.processes import ALONE, Processes
 from prefzoo.source import layer_hash
 
 
@@ -71,14 +72,16 @@ def token_scores(
     token_budget: int,
     device: torch.device | str,
     share_prompts: bool = True,
+    processes: Processes = ALONE,
 ) -> Tensor:
-    """One value per completion token (C,), on the CPU, in the order of the samples, micro-batch by micro-batch."""
+    """One value per completion token (C,), on the CPU, in the order of the samples, micro-batch by micro-batch; each
+    process makes its share."""
     out_C = torch.zeros(len(samples.completions.flat))
-    for completions, tree in packed(samples, token_budget, device, share_prompts):
+    for completions, tree in packed(samples, token_budget, device, share_prompts, processes):
         found = forward(tree)
         assert found is not None
         out_C[torch.from_numpy(samples.completions.positions(completions))] = found.float().cpu()
-    return out_C
+    return processes.sum(out_C)
 
 
 def autocast(precision: str, device: torch.device | str) -> contextlib.AbstractContextManager[Any]:
@@ -95,6 +98,7 @@ def cached_logps(
     device: torch.device | str,
     cache: Path | None,
     precision: str = "float32",
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Log-probabilities of all completions under a frozen policy, computed once per (weights, samples, precision).
 
@@ -104,16 +108,19 @@ def cached_logps(
 
     def compute() -> Tensor:
         with autocast(precision, device):
-            return token_scores(lambda tree: policy(tree).logps_C, samples, token_budget, device, policy.packed)
+            score = lambda tree: policy(tree).logps_C  # noqa: E731
+            return token_scores(score, samples, token_budget, device, policy.packed, processes)
 
     if cache is None:
         return compute()
     facts = [weights_hash(policy), _hash(samples.prompts), _hash(samples.completions), samples.prompt_B.tobytes().hex()]
     facts += [precision, str(policy.fp32_head), policy.model.config.to_json_string(), layer_hash()]
     file = cache / f"reference-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]}.safetensors"
-    if file.exists():
+    if all(processes.gather(file.exists())):  # one that missed it would wait for the others for ever
         return load_file(file)["logps"]
     logps_C = compute()
+    if not processes.main:
+        return logps_C
     cache.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=cache, suffix=".safetensors")
     os.close(handle)
@@ -130,7 +137,7 @@ def weights_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:20]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from prefzoo.data.samples import Ragged, Samples, offsets_of
+from prefzoo.processes import ALONE, Processes
 
 HOOK = "prefzoo"  # the name under which the attention function is registered with transformers
 
@@ -319,11 +320,33 @@ def micro_batches(samples: Samples, token_budget: int, share_prompts: bool = Tru
     return [np.sort(np.asarray(b)) for b in bins]
 
 
+def shares(samples: Samples, token_budget: int, share_prompts: bool, size: int) -> list[list[np.ndarray]]:
+    """Micro-batches of each of ``size`` processes: smaller ones, so that all have work, dealt to whoever has least."""
+    if size == 1:
+        return [micro_batches(samples, token_budget, share_prompts)]
+    lengths, prompts = samples.completions.lengths, samples.prompts.lengths[samples.prompt_B]
+    tokens = int(lengths.sum() + (samples.prompts.lengths.sum() if share_prompts else prompts.sum()))
+    cut = micro_batches(samples, min(token_budget, max(1, -(-tokens // size))), share_prompts)
+    weight_B = (lengths + prompts).reshape(-1, samples.per_row).sum(1)
+    dealt: list[list[np.ndarray]] = [[] for _ in range(size)]
+    load = [0] * size
+    for rows in sorted(cut, key=lambda rows: (-int(weight_B[rows].sum()), int(rows[0]))):
+        least = load.index(min(load))
+        dealt[least].append(rows)
+        load[least] += int(weight_B[rows].sum())
+    return dealt
+
+
 def packed(
-    samples: Samples, token_budget: int, device: torch.device | str, share_prompts: bool = True
+    samples: Samples,
+    token_budget: int,
+    device: torch.device | str,
+    share_prompts: bool = True,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[np.ndarray, TreeBatch]]:
-    """Micro-batch by micro-batch: the numbers of its completions, and the packed row that holds them in that order."""
-    for rows in micro_batches(samples, token_budget, share_prompts):
+    """Micro-batch by micro-batch of this process: the numbers of its completions, and the packed row that holds them in
+    that order."""
+    for rows in shares(samples, token_budget, share_prompts, processes.size)[processes.rank]:
         completions = (rows[:, None] * samples.per_row + np.arange(samples.per_row)).reshape(-1)
         yield completions, TreeBatch.of(samples.take(rows), device)
 

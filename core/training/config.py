@@ -75,6 +75,22 @@ class TrainConfig(BaseModel):
     strict: bool = Field(False, description="stop at a faulty row of the data instead of dropping it")
     cache_dir: Path | None = Field(None, description="where tokens and reference log-probabilities are kept")
 
+    # Runs one can trust.
+    save_steps: PositiveInt | None = Field(
+        None, description="steps between checkpoints; None: as often as costs 1 % of the time, none left at the end"
+    )
+    save_total_limit: PositiveInt = Field(2, description="checkpoints that are kept")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="a loss or gradient that is not finite: stop, skip the step, or rollback to the last checkpoint",
+    )
+    stuck_minutes: float | None = Field(
+        10.0, gt=0, description="minutes without progress after which the run says what it waits for"
+    )
+    deterministic: bool = Field(
+        False, description="the same bits on a GPU too: slower kernels, seeded global generators"
+    )
+
     # While training.
     logging_steps: PositiveInt = Field(10, description="steps between two lines of metrics")
     log_completions: int = Field(

@@ -7,7 +7,7 @@ import copy
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -24,22 +24,29 @@ from prefzoo.models.load import end_ids
 from prefzoo.models.reference import autocast, token_scores
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.roles import Scores as ModelScores
-from prefzoo.models.tree import TreeBatch, micro_batches
+from prefzoo.models.tree import TreeBatch, micro_batches, shares
 from prefzoo.parts.credit import sequence_kl
 from prefzoo.parts.feedback import Reward
 from prefzoo.parts.reference import Moving
 from prefzoo.parts.roles import CRITIC, POLICY, REFERENCE, REWARD
 from prefzoo.parts.source import Rollouts
-from prefzoo.registry import UsageError
+from prefzoo.processes import ALONE, Processes
+from prefzoo.registry import RunError, UsageError
 from prefzoo.rollout import Finish, rollout_engine
 from prefzoo.seeds import derive_seed, generator
 from prefzoo.training.config import TrainConfig
+from prefzoo.training.determinism import rng_state, set_rng_state
+from prefzoo.training.guards import Monitor, Watchdog, gradient_norms, not_finite, words, write_post_mortem
 from prefzoo.training.metrics import Meter, RunLog
 from prefzoo.training.records import build_record, loss_mask
+from prefzoo.training.stopping import Stopping
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """The loss or its gradient is not finite; raised before the step, which is not taken."""
+
+
+IN_A_ROW = 10  # steps that are not finite, one after another, before a run that skips them gives up
 
 
 TAKEN = ("loss", "reward", "reward_std", "kl", "entropy", "epoch", "num_tokens", "learning_rate", "grad_norm")
@@ -70,6 +77,7 @@ class Trained:
     module: Policy | Scorer
     optimizer: torch.optim.Optimizer
     peak: float
+    parameters: dict[str, nn.Parameter]
     terms: tuple[Term, ...] = field(default=())
 
 
@@ -90,6 +98,9 @@ class Engine:
         scorer: Scorer | None = None,
         critic: Scorer | None = None,
         log: RunLog,
+        processes: Processes = ALONE,
+        stopping: Stopping | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.stage = stage = copy.deepcopy(stage)  # its controllers have state, which is this run's own
         self.tokenizer = tokenizer
@@ -101,6 +112,10 @@ class Engine:
         self.data = data
         self.ptx = ptx
         self.log = log
+        self.processes = processes
+        self.stopping = stopping or Stopping()
+        self.watchdog = watchdog or Watchdog(None, log.say)
+        self.monitor = Monitor(log.note)
         self.moving = stage.reference if isinstance(stage.reference, Moving) else None
         self.spent = Spent()
         self.device = next(policy.parameters()).device
@@ -114,9 +129,17 @@ class Engine:
         self.rollouts = rollout_engine(policy, end_ids(tokenizer, policy.model)) if stage.on_policy else None
         self.now = Meter()  # of this step
         self.window = Meter()  # since the last logging
-        self.step = 0
+        self.step = 0  # steps done
+        self.place = 0  # optimizer steps done of the step that runs
+        self.buffer: Samples | None = None  # what the rest of its optimizer steps is trained on
         self.epoch = 0.0
+        self.bad_in_a_row = 0  # optimizer steps that were not finite
+        self.whole = True  # no step has begun to move the weights since the last mark
+        self.kept: dict[str, Any] = {}  # of whoever runs the engine, kept with its state
+        self.roll_back: Callable[[], str] | None = None  # to the last good state; says which it is
+        self._epoch_order = (-1, np.zeros(0, dtype=np.int64))
         self.shown_columns: Mapping[str, Sequence[Any]] = {}  # what a reward function wants beside its samples
+        self.mark()
 
     def _trained(self, role: str, module: Policy | Scorer | None) -> Trained:
         assert module is not None, role
@@ -125,13 +148,98 @@ class Engine:
         if role == CRITIC and c.critic_learning_rate is not None:
             peak = c.critic_learning_rate
         module.requires_grad_(True).train()
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         optimizer: torch.optim.Optimizer
         if c.optimizer == "sgd":
-            optimizer = torch.optim.SGD(parameters, lr=peak, weight_decay=c.weight_decay)
+            optimizer = torch.optim.SGD(parameters.values(), lr=peak, weight_decay=c.weight_decay)
         else:
-            optimizer = torch.optim.AdamW(parameters, lr=peak, betas=c.betas, weight_decay=c.weight_decay, fused=True)
-        return Trained(module, optimizer, peak, tuple(t for t in self.stage.terms if t.trains == role))
+            optimizer = torch.optim.AdamW(
+                parameters.values(), lr=peak, betas=c.betas, weight_decay=c.weight_decay, fused=True
+            )
+        return Trained(module, optimizer, peak, parameters, tuple(t for t in self.stage.terms if t.trains == role))
+
+    # ------------------------------------------------------------------------------------ what a checkpoint holds
+
+    def mark(self) -> None:
+        """The weights belong to this place of the run: what a checkpoint says until the next mark."""
+        self._marked: dict[str, Any] = {
+            "step": self.step,
+            "place": self.place,
+            "epoch": self.epoch,
+            "bad_in_a_row": self.bad_in_a_row,
+            "spent": self.spent.to_dict(),
+            "now": self.now.state_dict(),
+            "window": self.window.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "controllers": {name: c.state_dict() for name, c in self.stage.controllers.items()},
+            "log": self.log.position(),
+            "kept": dict(self.kept),
+        }
+        self.random = rng_state()
+        self._marked_buffer, self.whole = self.buffer, True
+
+    @property
+    def marked(self) -> tuple[int, int]:
+        """Steps done, and optimizer steps of the one that runs, at the last mark."""
+        return self._marked["step"], self._marked["place"]
+
+    def state(self, random: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and facts of the last mark; what was begun since then will be done again.
+
+        ``random``: the random state of every process.
+        """
+        tensors = self._moved()
+        for role, trained in self.trained.items():
+            for index, values in trained.optimizer.state_dict()["state"].items():
+                tensors |= {f"{role}.optimizer/{index}/{key}": value for key, value in values.items()}
+        if self._marked_buffer is not None:
+            tensors |= {f"rollouts/{name}": value for name, value in self._marked_buffer.tensors().items()}
+        for rank, (numbers, _) in enumerate(random):
+            tensors |= {f"random.{rank}/{name}": value for name, value in numbers.items()}
+        kind = None if self._marked_buffer is None else self._marked_buffer.kind
+        return tensors, {**self._marked, "random": [facts for _, facts in random], "rollouts": kind}
+
+    def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.load_weights(tensors)
+        self.step, self.place, self.epoch = facts["step"], facts["place"], facts["epoch"]
+        self.bad_in_a_row = facts["bad_in_a_row"]
+        self.spent = Spent(**facts["spent"])
+        self.kept = dict(facts["kept"])
+        self.now.load_state_dict(facts["now"])
+        self.window.load_state_dict(facts["window"])
+        self.monitor.load_state_dict(facts["monitor"])
+        rollouts = under("rollouts", tensors)
+        self.buffer = Samples.from_tensors(facts["rollouts"], rollouts) if rollouts else None
+        rank = self.processes.rank
+        if rank < len(facts["random"]):
+            set_rng_state(under(f"random.{rank}", tensors), facts["random"][rank])
+        self._load_controllers(facts)
+        self.mark()
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Weights and optimizers alone."""
+        with torch.no_grad():
+            for name, value in self._moved().items():
+                value.copy_(tensors[name])
+        for role, trained in self.trained.items():
+            state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+            for name, value in under(f"{role}.optimizer", tensors).items():
+                index, _, key = name.partition("/")
+                state[int(index)][key] = value
+            trained.optimizer.load_state_dict({**trained.optimizer.state_dict(), "state": dict(state)})
+
+    def _load_controllers(self, facts: Mapping[str, Any]) -> None:
+        for name, controller in self.stage.controllers.items():
+            controller.load_state_dict(facts["controllers"][name])
+
+    def _moved(self) -> dict[str, Tensor]:
+        """All weights that a step may move, themselves."""
+        moved = {f"{role}/{name}": p.detach() for role, t in self.trained.items() for name, p in t.parameters.items()}
+        if self.moving is not None:
+            assert self.reference is not None
+            moved |= {f"{REFERENCE}/{name}": p.detach() for name, p in self.reference.named_parameters()}
+        return moved
 
     # ------------------------------------------------------------------------------------ what parts may ask
 
@@ -153,7 +261,7 @@ class Engine:
 
     def rewards(self, samples: Samples) -> Tensor:
         assert self.reward is not None
-        self.spent.reward_calls += len(samples.completions)
+        self.watchdog.doing(f"reward {self.reward.name!r} for step {self.step + 1}")
         self.reward.begin(SimpleNamespace(global_step=self.step, max_steps=self.total_steps, epoch=self.epoch))
         scores_B = self.reward(samples)
         metrics, self.shown_columns = self.reward.drain()
@@ -166,7 +274,8 @@ class Engine:
     def _flat(self, samples: Samples, role: Policy | Scorer, forward: Any) -> Tensor:
         """A score of every completion token, without gradient, on the CPU, in the order of the samples."""
         with self._autocast():
-            return token_scores(forward, samples, self.config.tokens_per_batch, self.device, role.packed)
+            budget = self.config.tokens_per_batch
+            return token_scores(forward, samples, budget, self.device, role.packed, self.processes)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.config.precision, self.device)
@@ -194,64 +303,78 @@ class Engine:
 
     def run(self) -> Iterator[tuple[int, dict[str, float], dict[str, float] | None]]:
         """Train to the end; of each step its number, its metrics, and, where it is logged, those since the last
-        logging."""
+        logging. Whoever runs it calls :meth:`mark` when it is done with a step."""
         total = self.total_steps
-        steps = self._on_policy(total) if self.stage.on_policy else self._offline(total)
-        while True:
+        while self.step < total:
             started = time.monotonic()  # the caller's time between two steps is not the run's
-            step = next(steps, None)
+            (self._rollout_step if self.stage.on_policy else self._rows_step)(self.step, total)
             self.spent.seconds += time.monotonic() - started
-            if step is None:
-                return
-            self.step = step
-            self.log.step(step)
+            self.step, self.place, self.buffer = self.step + 1, 0, None
+            self._merge_meters()
+            self.log.step(self.step)
             progress = {"epoch": self.epoch, "num_tokens": float(self.spent.trained_tokens)}
             self.window.merge(self.now)
             values, logged = self.now.means() | progress, None
+            self.monitor.watch(self.step, values)
             self.now.clear()
-            if step % self.config.logging_steps == 0 or step == total:
+            if self.step % self.config.logging_steps == 0 or self.step == total:
                 logged = self.window.means() | progress
                 self.window.clear()
-                self.log.metrics(step, logged)
-            yield step, values, logged
+                self.log.metrics(self.step, logged)
+            yield self.step, values, logged
 
-    def _offline(self, total: int) -> Iterator[int]:
+    def _merge_meters(self) -> None:
+        """What every process measured of its share."""
+        if self.processes.size > 1:
+            states = self.processes.gather(self.now.state_dict())
+            self.now.clear()
+            for state in states:
+                part = Meter()
+                part.load_state_dict(state)
+                self.now.merge(part)
+
+    def _rows_step(self, step: int, total: int) -> None:
         rows = self.config.rows_per_step
         per_epoch = math.ceil(len(self.data) / rows)
-        order = np.zeros(0, dtype=np.int64)
-        for step in range(total):
-            epoch, place = divmod(step, per_epoch)
-            if place == 0:
-                order = self._order("order", epoch, len(self.data))
-            chosen = order[place * rows : (place + 1) * rows]
-            self.epoch = (step + 1) / per_epoch
-            batch = self.data.take(chosen)
-            if self.moving is not None:  # its log-probabilities are not those of the start
-                batch = batch.with_tokens(ref_logps=self.reference_logps(batch))
-            self._optimizer_step(batch, step / total, step)
-            yield step + 1
+        epoch, place = divmod(step, per_epoch)
+        self.epoch = (step + 1) / per_epoch
+        if self.place:  # taken before the run was stopped
+            return
+        if self._epoch_order[0] != epoch:
+            self._epoch_order = epoch, self._order("order", epoch, len(self.data))
+        batch = self.data.take(self._epoch_order[1][place * rows : (place + 1) * rows])
+        self.watchdog.doing(f"step {step + 1}")
+        if self.moving is not None:  # its log-probabilities are not those of the start
+            batch = batch.with_tokens(ref_logps=self.reference_logps(batch))
+        self._optimizer_step(batch, step / total, step)
 
-    def _on_policy(self, total: int) -> Iterator[int]:
+    def _rollout_step(self, step: int, total: int) -> None:
         schedule = self.stage.schedule
-        for step in range(total):
+        self.epoch = (step + 1) * schedule.prompts / len(self.data)
+        samples = self.buffer
+        if samples is None:
+            if self.place:  # all its optimizer steps were taken before the run was stopped
+                return
             samples = self._collect(step, total)
-            self.epoch = (step + 1) * schedule.prompts / len(self.data)
-            rows = len(samples)
-            if rows == 0:
-                self.now.add("skipped_steps", 1.0)
-                yield step + 1
-                continue
-            parts = schedule.minibatches
-            if schedule.minibatch_rows is not None:
-                parts = max(1, round(rows / schedule.minibatch_rows))
-            for inner in range(schedule.inner_epochs):
-                whole = parts == 1
-                order = np.arange(rows) if whole else self._order(f"inner {step}", inner, rows)
-                for number, chosen in enumerate(np.array_split(order, min(parts, rows))):
-                    done = (inner + number / parts) / schedule.inner_epochs
-                    batch = samples if whole else samples.take(chosen)
-                    self._optimizer_step(batch, (step + done) / total, self.spent.optimizer_steps)
-            yield step + 1
+        rows = len(samples)
+        if rows == 0:
+            self.now.add("skipped_steps", 1.0)
+            return
+        parts = schedule.minibatches
+        if schedule.minibatch_rows is not None:
+            parts = max(1, round(rows / schedule.minibatch_rows))
+        pieces = min(parts, rows)
+        last = schedule.inner_epochs * pieces
+        while self.place < last:
+            inner, number = divmod(self.place, pieces)
+            done = (inner + number / parts) / schedule.inner_epochs
+            batch = samples
+            if parts > 1:
+                batch = samples.take(np.array_split(self._order(f"inner {step}", inner, rows), pieces)[number])
+            self.buffer = samples if self.place + 1 < last else None
+            self.watchdog.doing(f"forward and backward of step {step + 1}")
+            if not self._optimizer_step(batch, (step + done) / total, self.spent.optimizer_steps):
+                return  # the samples are not those of the weights that it went back to
 
     def _order(self, purpose: str, epoch: int, rows: int) -> np.ndarray:
         if not self.config.shuffle:
@@ -262,18 +385,18 @@ class Engine:
 
     def _collect(self, step: int, total: int) -> Samples:
         """Sample, score, keep, credit: what this rollout step trains on."""
-        source, stage = self.stage.source, self.stage
-        assert self.rollouts is not None and isinstance(source, Rollouts) and isinstance(stage.feedback, Reward)
+        stage, source = self.stage, self.stage.source
+        assert isinstance(source, Rollouts)
         prompts, keys = self._prompts(step)
         seed = derive_seed(self.config.seed, "rollout", step)
-        with self._autocast():  # the learner's precision, or the ratio does not start at 1
-            samples = self.rollouts.generate(prompts, source.group_size, source.sampling, seed, keys)
+        samples, scores_B = self._sample(prompts, source.group_size, seed, keys)
         self.spent.prompts += len(prompts)
         self.spent.generated_tokens += len(samples.completions.flat)
+        self.spent.reward_calls += len(samples.completions)
+        self.watchdog.doing(f"scoring the samples of step {step + 1}")
         if source.top_p < 1 or not self.config.precision == self.config.dtype == "float32":
             # The sampler's numbers are not the learner's; the ratio must start at 1.
             samples = samples.with_tokens(old_logps=self.policy_logps(samples))
-        scores_B = stage.feedback(samples, self)
         if REFERENCE in stage.needs:
             samples = samples.with_tokens(ref_logps=self.reference_logps(samples))
             kl_B = sequence_kl(samples)
@@ -292,6 +415,30 @@ class Engine:
         if "kl" in stage.controllers:  # after the credit: this batch moves the coefficient of the next one
             stage.controllers["kl"].update(float(kl_B.mean()), len(kl_B))
         return samples
+
+    def _sample(self, prompts: Samples, n: int, seed: int, keys: np.ndarray | None = None) -> tuple[Samples, Tensor]:
+        """Completions and their scores; every process makes those of its share of the prompts, and all get all."""
+        source, feedback, size = self.stage.source, self.stage.feedback, self.processes.size
+        assert self.rollouts is not None and isinstance(source, Rollouts) and isinstance(feedback, Reward)
+        if len(prompts) < size:
+            raise UsageError(
+                f"{len(prompts)} prompts cannot be shared by {size} processes; sample from more at a time."
+            )
+        mine = np.asarray(self.processes.share(range(len(prompts))))
+        self.watchdog.doing(f"sampling for step {self.step + 1}")
+        with self._autocast():  # the learner's precision, or the ratio does not start at 1
+            samples = self.rollouts.generate(
+                prompts.take(mine), n, source.sampling, seed, mine if keys is None else keys[mine]
+            )
+        scores_B = feedback(samples, self)
+        self.watchdog.doing(f"waiting for the samples of the other processes for step {self.step + 1}")
+        parts = self.processes.gather((samples, scores_B, self.shown_columns))
+        self.shown_columns = {
+            name: [value for _, _, columns in parts for value in columns[name]]
+            for name in self.shown_columns
+            if all(name in columns for _, _, columns in parts)
+        }
+        return Samples.concatenate([p for p, _, _ in parts]), torch.cat([scores for _, scores, _ in parts])
 
     def _prompts(self, step: int) -> tuple[Samples, np.ndarray]:
         """The prompts of a rollout step, epoch after epoch, and keys that name (epoch, row) to the sampler."""
@@ -345,15 +492,16 @@ class Engine:
         Samples are drawn with the same random numbers every time, so that evaluations differ by the weights alone.
         """
         training, self.now = self.now, Meter()
-        calls = self.spent.reward_calls
+        self.watchdog.doing(f"evaluation after step {self.step}")
         modules = [t.module for t in self.trained.values()]
         for module in modules:
             module.eval()
         try:
             losses = self._evaluate_samples(held_out) if self.stage.on_policy else self._evaluate_rows(held_out)
+            self._merge_meters()
             return {f"eval/{name}": value for name, value in {**losses, **self.now.means()}.items()}
         finally:
-            self.now, self.spent.reward_calls = training, calls
+            self.now = training
             for module in modules:
                 module.train()
 
@@ -371,20 +519,18 @@ class Engine:
                 sizes[key] += self._size(term, batch)
             for micro in plans["main"]:
                 for _, totals in self._losses("main", batch.take(micro), shared):
-                    for term, total in totals:
+                    for term, total, _ in totals:
                         sums[id(term)] += float(total)
+        mine = [sums[key] for key in terms]
+        sums = dict(zip(terms, map(sum, zip(*self.processes.gather(mine), strict=True)), strict=True))
         losses: dict[str, float] = defaultdict(float)
         for key, (role, term) in terms.items():
             losses[loss_name(role)] += term.weight * sums[key] / max(sizes[key], 1e-30)
         return losses
 
     def _evaluate_samples(self, held_out: Samples) -> dict[str, float]:
-        source = self.stage.source
-        assert self.rollouts is not None and isinstance(source, Rollouts) and isinstance(self.stage.feedback, Reward)
-        seed, n = derive_seed(self.config.seed, "evaluation"), self.config.eval_samples
-        with self._autocast():
-            samples = self.rollouts.generate(held_out, n, source.sampling, seed)
-        scores_B = self.stage.feedback(samples, self)
+        seed = derive_seed(self.config.seed, "evaluation")
+        samples, scores_B = self._sample(held_out, self.config.eval_samples, seed)
         if self.reference is not None:
             samples = samples.with_tokens(ref_logps=self.reference_logps(samples))
             self.now.add("kl", sequence_kl(samples))
@@ -393,8 +539,11 @@ class Engine:
 
     # ------------------------------------------------------------------------------------ one optimizer step
 
-    def _optimizer_step(self, main: Samples, progress: float, number: int) -> None:
-        """Prelude, counts, then forward and backward of every micro-batch, then one step of every trained role."""
+    def _optimizer_step(self, main: Samples, progress: float, number: int) -> bool:
+        """Prelude, counts, then forward and backward of every micro-batch, then one step of every trained role.
+
+        False: the weights went back to an earlier state.
+        """
         batches: dict[str, Samples] = {"main": main}
         if any(t.rows == "ptx" for t in self.stage.terms):
             batches["ptx"] = self._ptx_rows(len(main), number)
@@ -406,21 +555,52 @@ class Engine:
         losses: dict[str, float] = defaultdict(float)
         for name, rows in batches.items():
             for micro in plans[name]:
-                part = rows.take(micro) if len(plans[name]) > 1 else rows
+                part = rows.take(micro) if len(micro) < len(rows) else rows
                 self._backward(name, part, sizes, shared, losses)
-        self.spent.trained_tokens += int(sum(loss_mask(b, b.mask_BT()).sum() for b in batches.values()))
-        for term, value in losses.items():
-            self.now.add(term, value)
-        self._step(progress, number, losses)
+        if self.processes.size > 1:
+            self.watchdog.doing(f"waiting for the gradients of the other processes, step {self.step + 1}")
+            parts = self.processes.gather(dict(losses))
+            losses = {k: sum(p.get(k, 0.0) for p in parts) for k in dict.fromkeys(k for p in parts for k in p)}
+            for role in self.trained.values():
+                self.processes.sum_gradients(list(role.parameters.values()))
+        norms = {
+            role: nn.utils.get_total_norm([p.grad for p in t.parameters.values() if p.grad is not None])
+            for role, t in self.trained.items()
+        }
+        reasons = not_finite(losses, {role: float(norm) for role, norm in norms.items()})
+        with self.stopping.hold():
+            self.spent.trained_tokens += int(sum(loss_mask(b, b.mask_BT()).sum() for b in batches.values()))
+            went_back = False
+            if not reasons:
+                self.bad_in_a_row = 0
+                for term, value in losses.items():
+                    self.now.add(term, value)
+                self._step(progress, number, norms)
+            else:
+                went_back = self._not_finite(reasons, losses, norms, batches, shared)
+            self.place, self.buffer = self.place + 1, None if went_back else self.buffer
+            self.mark()
+        self.stopping.check(next((w for w in self.processes.gather(self.stopping.wanted) if w is not None), None))
+        return not went_back
 
     def _prepare(self, batches: Mapping[str, Samples]) -> tuple[dict[str, Tensor], dict[str, list[np.ndarray]]]:
-        """What must be known about the whole optimizer batch first, and how it is cut into micro-batches."""
+        """What must be known about the whole optimizer batch first, and this process's micro-batches of it."""
         shared: dict[str, Tensor] = {}
         if self.stage.prelude is not None:
             shared[self.stage.prelude.gives] = self.stage.prelude(batches["main"], self).to(self.device)
         packed = all(t.module.packed for t in self.trained.values())
-        plans = {name: micro_batches(rows, self.config.tokens_per_batch, packed) for name, rows in batches.items()}
-        self._refuse_splitting(plans)
+        plans = {}
+        for name, rows in batches.items():
+            coupled = [t.loss for t in self.stage.terms if t.rows == name and t.loss.entry.tags["whole_batch"]]
+            size = 1 if coupled else self.processes.size
+            dealt = shares(rows, self.config.tokens_per_batch, packed, size)
+            if coupled and len(dealt[0]) > 1:
+                raise UsageError(
+                    f"loss {coupled[0].name!r} couples the rows of a batch, but tokens_per_batch="
+                    f"{self.config.tokens_per_batch} cuts it into {len(dealt[0])}; raise tokens_per_batch, or lower "
+                    "rows_per_step."
+                )
+            plans[name] = dealt[self.processes.rank] if self.processes.rank < size else []
         return shared, plans
 
     def _backward(
@@ -433,7 +613,7 @@ class Engine:
     ) -> None:
         for role, totals in self._losses(name, part, shared):
             objective = torch.zeros((), device=self.device)
-            for term, total in totals:
+            for term, total, _ in totals:
                 mean = total / max(sizes[id(term)], 1e-30)
                 objective = objective + term.weight * mean
                 if len(self.stage.terms) > 1:
@@ -443,8 +623,9 @@ class Engine:
 
     def _losses(
         self, name: str, part: Samples, shared: Mapping[str, Tensor]
-    ) -> Iterator[tuple[str, list[tuple[Term, Tensor]]]]:
-        """Role by role, the summed loss of each of its terms on a micro-batch. Their metrics go to the meter."""
+    ) -> Iterator[tuple[str, list[tuple[Term, Tensor, Tensor]]]]:
+        """Role by role, each of its terms on a micro-batch: its summed loss, and the loss of rows or tokens. Their
+        metrics go to the meter."""
         tree = TreeBatch.of(part, self.device)
         mask_BT = None if part.kind == "pairs" else loss_mask(part, tree.mask_BT)  # a pair's loss is one value
         for role, trained in self.trained.items():
@@ -453,14 +634,21 @@ class Engine:
                 continue
             with self._autocast():
                 scores = self._forward(role, trained.module, tree, terms)
-            totals = []
+            losses = []
             for term in terms:
                 record = build_record(term.loss.family, part, scores, tree.mask_BT, shared)
                 out = term.loss(record)
-                totals.append((term, term.counted.total(out.loss, mask_BT, getattr(record, "weight_B", None))))
+                total = term.counted.total(out.loss, mask_BT, getattr(record, "weight_B", None))
+                losses.append((term, total, out.loss.detach()))
                 for metric, values in out.metrics.items():
                     self.now.add(metric, values, mask_BT)
-            yield role, totals
+                if "ratio" in out.metrics:  # one token is enough to spoil a step, and no mean shows it
+                    ratio_BT = out.metrics["ratio"]
+                    self.now.extreme("ratio/max", float(ratio_BT.max()))
+                    if self.place == 0:  # 1, unless the sampler's numbers are not the learner's
+                        self.now.extreme("ratio/fresh_max", float(ratio_BT.max()))
+                        self.now.extreme("ratio/fresh_min", float(ratio_BT.min()))
+            yield role, losses
 
     def _forward(self, role: str, module: nn.Module, tree: TreeBatch, terms: list[Term]) -> ModelScores:
         if role == POLICY:
@@ -474,39 +662,16 @@ class Engine:
             return term.counted.size(len(rows), None, rows.pair_columns.get("weight"))
         return term.counted.size(len(rows), loss_mask(rows, rows.mask_BT()), rows.columns.get("weight"))
 
-    def _refuse_splitting(self, plans: Mapping[str, list[np.ndarray]]) -> None:
-        for term in self.stage.terms:
-            pieces = len(plans.get(term.rows, ()))
-            if term.loss.entry.tags["whole_batch"] and pieces > 1:
-                raise UsageError(
-                    f"loss {term.loss.name!r} couples the rows of a batch, but tokens_per_batch="
-                    f"{self.config.tokens_per_batch} cuts it into {pieces}; raise tokens_per_batch, or lower "
-                    "rows_per_step."
-                )
-
-    def _step(self, progress: float, number: int, losses: Mapping[str, float]) -> None:
-        c = self.config
-        factor = learning_rate_factor(progress, number, c)
-        norms = {}
-        for role, trained in self.trained.items():
-            parameters = [p for group in trained.optimizer.param_groups for p in group["params"]]
-            limit = c.max_grad_norm if c.max_grad_norm is not None else math.inf
-            norms[role] = float(nn.utils.clip_grad_norm_(parameters, limit))
-        bad = [
-            k
-            for k, v in {**losses, **{f"gradient norm of {r}": n for r, n in norms.items()}}.items()
-            if not math.isfinite(v)
-        ]
-        if bad:
-            raise NonFiniteError(
-                f"step {number + 1}: {', '.join(bad)} not finite; stopped before the step. Lower the learning rate, or "
-                "look at the rows and rewards of this step."
-            )
+    def _step(self, progress: float, number: int, norms: Mapping[str, Tensor]) -> None:
+        factor = learning_rate_factor(progress, number, self.config)
+        self.whole = False
         for role, trained in self.trained.items():
             for group in trained.optimizer.param_groups:
                 group["lr"] = trained.peak * factor
+            if self.config.max_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(trained.parameters.values(), self.config.max_grad_norm, norms[role])
             trained.optimizer.step()
-            self.now.add("grad_norm" if role != CRITIC else "grad_norm/critic", norms[role])
+            self.now.add("grad_norm" if role != CRITIC else "grad_norm/critic", float(norms[role]))
         first = next(iter(self.trained.values()))
         self.now.add("learning_rate", first.peak * factor)
         self.spent.optimizer_steps += 1
@@ -514,12 +679,88 @@ class Engine:
             assert self.reference is not None
             self.moving.follow(self.reference, self.policy)
 
+    def _not_finite(
+        self,
+        reasons: Sequence[str],
+        losses: Mapping[str, float],
+        norms: Mapping[str, Tensor],
+        batches: Mapping[str, Samples],
+        shared: Mapping[str, Tensor],
+    ) -> bool:
+        """The step is not taken: say why, and stop, skip it or go back (true)."""
+        step, policy = self.step + 1, self.config.on_nonfinite
+        what, why = ", ".join(reasons), self._post_mortem(reasons, losses, norms, batches, shared)
+        self.bad_in_a_row += 1
+        self.now.add("skipped_nonfinite", 1.0)
+        for role in self.trained.values():
+            role.optimizer.zero_grad(set_to_none=True)
+        if policy == "stop":
+            raise NonFiniteError(
+                f"step {step}: {what}; stopped before the step. {why}Lower the learning rate, or look at the rows and "
+                "rewards of this step."
+            )
+        if self.bad_in_a_row >= IN_A_ROW:
+            raise NonFiniteError(
+                f"step {step}: {what}; stopped before the step, the {IN_A_ROW}th of this kind in a row. {why}"
+            )
+        if policy == "skip" or self.roll_back is None:
+            self.log.say(f"step {step}: {what}; the step is skipped. {why}")
+            return False
+        self.log.say(f"step {step}: {what}; back to the weights of {self.roll_back()}, on with the next rows. {why}")
+        return True
+
+    def _post_mortem(
+        self,
+        reasons: Sequence[str],
+        losses: Mapping[str, float],
+        norms: Mapping[str, Tensor],
+        batches: Mapping[str, Samples],
+        shared: Mapping[str, Tensor],
+    ) -> str:
+        """Write the batch and its numbers beside the run; sentences about it."""
+        gradients: dict[str, float] = {}
+        for role, trained in self.trained.items():
+            gradients |= gradient_norms((f"{role}/{name}", p) for name, p in trained.parameters.items())
+        row_losses = {name: self._row_losses(name, rows, shared) for name, rows in batches.items()}
+        culprits = words(batches, row_losses, self.tokenizer, gradients)
+        said = f"{culprits[:1].upper()}{culprits[1:]} " if culprits else ""
+        if self.log.folder is None:
+            return said
+        file = write_post_mortem(
+            self.log.folder / f"post-mortem-{self.step + 1}.json", step=self.step + 1, reasons=reasons, losses=losses,
+            norms={role: float(norm) for role, norm in norms.items()}, gradients=gradients, batches=batches,
+            row_losses=row_losses, tokenizer=self.tokenizer, say=self.log.say,
+            extra={"learning_rate": self.config.learning_rate, **self.spent.to_dict()},
+        )  # fmt: skip
+        return said + (f"The batch is in {file}. " if file is not None else "")
+
+    @torch.no_grad()
+    def _row_losses(self, name: str, rows: Samples, shared: Mapping[str, Tensor]) -> Tensor:
+        """The loss of every row by itself, on the CPU: all its terms, summed over its tokens."""
+        training, self.now = self.now, Meter()
+        row_losses = torch.zeros(len(rows))
+        try:
+            for micro in micro_batches(rows, self.config.tokens_per_batch, self.policy.packed):
+                part = rows.take(micro)
+                for _, losses in self._losses(name, part, shared):
+                    for term, _, loss in losses:
+                        loss_B = loss.float().reshape(len(micro), -1).sum(1).cpu()
+                        row_losses[torch.from_numpy(micro)] += term.weight * loss_B
+        finally:
+            self.now = training
+        return row_losses
+
     def _ptx_rows(self, rows: int, number: int) -> Samples:
         assert self.ptx is not None
         chosen = generator(self.config.seed, "ptx", number).choice(
             len(self.ptx), size=min(rows, len(self.ptx)), replace=False
         )
         return self.ptx.take(chosen)
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those named ``prefix/...``, without it."""
+    return {k.removeprefix(f"{prefix}/"): v for k, v in tensors.items() if k.startswith(f"{prefix}/")}
 
 
 def loss_name(role: str) -> str:

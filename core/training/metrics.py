@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,10 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import Tensor
 
-from prefzoo.registry import UsageError
+from prefzoo.registry import RunError, UsageError
+from prefzoo.training.checkpoint import told
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 class Meter:
@@ -30,6 +34,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}
+        self._extremes: dict[str, float] = {}
 
     def add(self, name: str, values: Tensor | float, mask: Tensor | None = None) -> None:
         """Values of rows (B,) or tokens (B, T); cells outside the mask do not count."""
@@ -44,8 +49,13 @@ class Meter:
         entry[0] += total
         entry[1] += weight
 
+    def extreme(self, name: str, value: float) -> None:
+        """The largest of all values, of a name that ends with ``min`` the smallest, instead of their mean."""
+        self._extremes[name] = (min if name.endswith("min") else max)(value, self._extremes.get(name, value))
+
     def means(self) -> dict[str, float]:
-        return {name: total / weight for name, (total, weight) in self._sums.items() if weight}
+        means = {name: total / weight for name, (total, weight) in self._sums.items() if weight}
+        return means | self._extremes
 
     def merge(self, other: Meter) -> None:
         """Add what another meter has gathered."""
@@ -53,9 +63,20 @@ class Meter:
             entry = self._sums.setdefault(name, [0.0, 0.0])
             entry[0] += total
             entry[1] += weight
+        for name, value in other._extremes.items():
+            self.extreme(name, value)
 
     def clear(self) -> None:
         self._sums.clear()
+        self._extremes.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was gathered so far, as JSON values."""
+        return {"sums": {k: list(v) for k, v in self._sums.items()}, "extremes": dict(self._extremes)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums = {k: list(v) for k, v in state["sums"].items()}
+        self._extremes = dict(state["extremes"])
 
 
 class RunLog:
@@ -73,6 +94,7 @@ class RunLog:
         self.quiet = quiet
         self.history: list[dict[str, Any]] = []
         self._started = time.monotonic()
+        self._sizes = dict.fromkeys(LOGS, 0)
         self._bar: Any = None
         self._task: Any = None
         self._trackers: list[Any] = []
@@ -89,11 +111,28 @@ class RunLog:
             self._task = self._bar.add_task(self.title, total=None, numbers="")
         return self
 
-    def begin(self, total: int) -> None:
-        """A stage of so many steps begins."""
+    def begin(self, total: int, done: int = 0) -> None:
+        """A stage of so many steps begins, or goes on."""
         self.total = total
         if self._bar is not None:
-            self._bar.reset(self._task, total=total)
+            self._bar.reset(self._task, total=total, completed=done)
+
+    def position(self) -> dict[str, Any]:
+        """How much is written so far, for a checkpoint."""
+        return {"bytes": dict(self._sizes), "seconds": time.monotonic() - self._started}
+
+    def go_on(self, position: Mapping[str, Any]) -> None:
+        """Forget what was written after a checkpoint: it will be written again."""
+        assert self.folder is not None
+        self._started = time.monotonic() - position["seconds"]
+        self._sizes = dict(position["bytes"])
+        for name, size in self._sizes.items():
+            file = self.folder / name
+            if size > (file.stat().st_size if file.exists() else 0):
+                raise RunError(f"{file} is shorter than when the checkpoint was written; the run cannot go on.")
+            if file.exists():
+                os.truncate(file, size)
+        self.history = read_log(self.folder / "metrics.jsonl")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -162,10 +201,19 @@ class RunLog:
             print(text, file=sys.stderr, flush=True)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if self.folder is None:
+            return
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        whole = told(f"{name} could not be written to {str(self.folder)!r}", self.folder)
+        with whole, (self.folder / name).open("ab") as file:
+            file.write(line)
+        self._sizes[name] += len(line)
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``; a last line that was cut off is left out."""
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def _available(package: str) -> bool:

@@ -1,39 +1,41 @@
-"""What a run leaves behind: its record, its model card, its learning curves; and the way to the hub."""
+"""What a run leaves behind: its folder, its model card, its learning curves; and the way to the hub."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import platform
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
 
-from prefzoo.algorithm import Algorithm
-from prefzoo.data.formats import Dataset
 from prefzoo.registry import UsageError
-from prefzoo.training.config import TrainConfig
+from prefzoo.training import checkpoint
+from prefzoo.training.metrics import LOGS
+from prefzoo.training.record import RECORD
 
-PACKAGES = ("prefzoo", "torch", "transformers", "accelerate", "peft", "datasets", "numpy")
-LOGS = ("metrics.jsonl", "samples.jsonl")
-MODELS = ("final", "best", "interrupted")
+MODELS = ("final", "best")
 
 
-def check_folder(output_dir: str | Path | None) -> None:
+def check_folder(output_dir: str | Path | None, resume: bool) -> None:
     """Refuse a folder that holds another run, before anything is loaded."""
     if output_dir is None:
+        if resume:
+            raise UsageError("resume needs output_dir: the checkpoints are there.")
         return
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output folder {str(folder)!r} is a file; choose another name.")
-    if any((folder / name).exists() for name in ("run.json", *MODELS)):
+    if resume:
+        return
+    if any((folder / name).exists() for name in MODELS) or is_finished(folder):
         raise UsageError(f"output folder {str(folder)!r} holds another run; choose a new folder or remove it.")
+    if checkpoint.found(folder):
+        raise UsageError(
+            f"output folder {str(folder)!r} holds another run, which has not come to its end; go on with it "
+            "(resume=True, --resume), choose a new folder or remove it."
+        )
     for name in LOGS:
         if (folder / name).exists() and not _is_log(folder / name):
             raise UsageError(
@@ -42,10 +44,19 @@ def check_folder(output_dir: str | Path | None) -> None:
             )
 
 
-def _is_log(file: Path) -> bool:
-    """Whether every line is of a run: an object with the number of its step."""
+def is_finished(folder: Path) -> bool:
+    """Whether a run came to its end here."""
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return bool(record.get("finished", "spent" in record)) and (folder / "final").is_dir()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _is_log(file: Path) -> bool:
+    """Whether every line is of a run: an object with the number of its step. A killed run cuts its last line off."""
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
     except (OSError, ValueError):
         return False
     return all(isinstance(row, dict) and "step" in row for row in rows)
@@ -61,48 +72,7 @@ def make_folder(output_dir: str | Path | None) -> Path | None:
             pass
     except OSError as error:
         raise UsageError(f"output folder {str(folder)!r} cannot be written to: {error.strerror}.") from error
-    for name in LOGS:  # of a run that left nothing else
-        (folder / name).unlink(missing_ok=True)
     return folder
-
-
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of another when it is whole: a killed run leaves no half model."""
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-
-
-def describe(
-    algorithm: Algorithm, settings: TrainConfig, data: Dataset, held_out: Dataset | None, facts: Mapping[str, Any]
-) -> dict[str, Any]:
-    """How a model was made, as data: enough to make it again."""
-    return {
-        "algorithm": algorithm.name,
-        "options": {k: repr(v) if callable(v) else v for k, v in algorithm.options.items()},
-        "composition": repr(algorithm),
-        "sources": algorithm.sources,
-        **facts,
-        "config": settings.model_dump(mode="json"),
-        "given": settings.model_dump(mode="json", exclude_unset=True),
-        "data": _of(data),
-        "held_out": None if held_out is None else _of(held_out),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-    }
-
-
-def _of(data: Dataset) -> dict[str, Any]:
-    report = data.report
-    return {"source": report.source, "hash": data.hash(), "type": data.type, "rows": report.rows,
-            "dropped": dict(report.dropped)}  # fmt: skip
-
-
-def write_record(record: Mapping[str, Any], folder: Path) -> None:
-    (folder / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ model card

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,21 +13,32 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefzoo.algorithm import Algorithm, Stage
 from prefzoo.data.samples import Samples
+from prefzoo.locks import locked
 from prefzoo.models.folders import run_model
 from prefzoo.models.load import load_policy, load_scorer, load_tokenizer, save_policy, save_scorer, set_checkpointing
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.parts.roles import REFERENCE
-from prefzoo.registry import UsageError, suggest
-from prefzoo.training import output, setup
+from prefzoo.processes import Processes
+from prefzoo.registry import RunError, UsageError, suggest
+from prefzoo.training import checkpoint, output, setup
+from prefzoo.training.checkpoint import Checkpoint
 from prefzoo.training.config import TrainConfig
-from prefzoo.training.engine import Engine, Spent
-from prefzoo.training.metrics import RunLog
+from prefzoo.training.determinism import deterministic
+from prefzoo.training.engine import Engine, NonFiniteError, Spent, under
+from prefzoo.training.guards import Watchdog
+from prefzoo.training.metrics import LOGS, RunLog, read_log
+from prefzoo.training.record import RECORD, describe, differences, fingerprint, refuse_foreign, write_record
+from prefzoo.training.stopping import Stopping
 
 Callback = Callable[[int, Policy, dict[str, float]], Any]
+
+# Checkpoints that nobody asked for: the first after a minute, then so that they cost this share of the time.
+FIRST_SAVE, SHARE, LONGEST = 60.0, 0.01, 1800.0
 
 
 @dataclass
@@ -78,6 +92,8 @@ class Steps:
         config: TrainConfig | Mapping[str, Any] | None = None,
         callback: Callback | Sequence[Callback] = (),
         push_to_hub: str | None = None,
+        resume: bool = False,
+        may_differ: str | Sequence[str] = (),
         quiet: bool = False,
         **options: Any,
     ) -> None:
@@ -93,10 +109,21 @@ class Steps:
         for call in self.callbacks:
             if not callable(call):
                 raise UsageError(f"callback: expected a function f(step, policy, metrics), got {type(call).__name__}.")
-        output.check_folder(output_dir)
+        if settings.on_nonfinite == "rollback" and (output_dir is None or settings.save_steps is None):
+            raise UsageError("on_nonfinite='rollback' needs checkpoints to go back to: give output_dir and save_steps.")
+        self.resume = resume
+        self.may_differ = (may_differ,) if isinstance(may_differ, str) else tuple(may_differ)
+        if self.may_differ and not resume:
+            raise UsageError("may_differ has no effect without resume=True; leave it out.")
+        output.check_folder(output_dir, resume)
         setup.check_cache(settings)
-        self.device = setup.device_of(settings)
-        self.log = RunLog(None if output_dir is None else Path(output_dir), chosen.name, quiet=quiet)
+        self.processes = Processes.launched(cpu=settings.device == "cpu")
+        self.device = setup.device_of(settings, self.processes)
+        main = self.processes.main
+        folder = None if output_dir is None or not main else Path(output_dir)
+        self.log = RunLog(folder, chosen.name, quiet=quiet or not main)
+        self.stopping = Stopping(immediate=self.processes.size == 1)
+        self.watchdog = Watchdog(settings.stuck_minutes, self.log.say)
         self.data, self.held_out = setup.read_data(chosen, dataset, eval_dataset, settings)
         self.policy, self.tokenizer = setup.start_model(model, tokenizer, self.data, settings, self.log.note)
         self.policy.to(self.device)
@@ -106,8 +133,12 @@ class Steps:
             self.log.note(f"note: {chosen.name} needs no reference; reference= is ignored.")
         elif reference is not None:
             self.anchor = setup.anchor(reference, self.tokenizer, settings, self.log.note).to(self.device)
-        self.facts = {"model": _name_of(model), "reward": _name_of(reward), "reference": _name_of(reference)}
-        self.ptx_dataset = ptx_dataset
+        self.ptx = setup.read_ptx(chosen, ptx_dataset, settings, self.log.note)
+        given = {"model": model, "reward": reward, "reference": reference, "ptx_dataset": ptx_dataset}
+        contents = {"model": self.policy, "tokenizer": self.tokenizer, "reward": self.source,
+                    "reference": self.anchor, "ptx_dataset": self.ptx}  # fmt: skip
+        self.facts = {k: _name_of(v) for k, v in given.items()}
+        self.facts["fingerprints"] = {k: fingerprint(v) for k, v in contents.items()}
         self.folder = output.make_folder(output_dir)
         self._done = Spent()  # by earlier stages
         self.scorer: Scorer | None = None
@@ -115,13 +146,20 @@ class Steps:
         self.best: dict[str, Any] | None = None
         self.result: Run | None = None
         self._waited = 0  # evaluations since the best one
+        self._good: int | None = None  # the checkpoint to go back to
+        self._saved: tuple[int, tuple[int, int]] | None = None  # stage and mark of the newest checkpoint
+        self._next_save = math.inf
+        self._stage_start: dict[str, Tensor] = {}  # weights that a later stage began with
+        self._open = contextlib.ExitStack()
+        self._closing = False
         self._steps = self._all_steps()
 
     def __iter__(self) -> Iterator[Step]:
         return self
 
     def __next__(self) -> Step:
-        return next(self._steps)
+        with self.stopping:
+            return next(self._steps)
 
     def __enter__(self) -> Steps:
         return self
@@ -129,17 +167,21 @@ class Steps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closing = True
         self._steps.close()
-        if error is not None:
-            self._interrupted()
+        with self._open:
+            if error is not None:
+                self._interrupted()
 
     def finish(self) -> Run:
         """End the run here: what is trained so far is the result, written to ``output_dir``."""
         if self.result is None:
+            self._closing = True
             self._steps.close()
             if self.engine is None:
                 raise UsageError("finish() before the first step: there is nothing to keep.")
-            self.result = self._finish()
+            with self._open:
+                self.result = self._finish()
         return self.result
 
     @property
@@ -149,49 +191,152 @@ class Steps:
 
     def _all_steps(self) -> Generator[Step]:
         try:
-            with self.log:
-                self.log.open_trackers(self.settings.report_to, self._described())
-                for number, stage in enumerate(self.algorithm.stages):
-                    if not (yield from self._stage_steps(number, stage)):
-                        break
+            if self.folder is not None and self.processes.main:
+                self._open.enter_context(locked(self.folder))
+            if self.settings.deterministic:
+                self._open.enter_context(deterministic(self.settings, self.device))
+            for surrounding in (self.watchdog, self.log):
+                self._open.enter_context(surrounding)
+            start = self._begin()
+            if self.result is not None:
+                return
+            self.log.open_trackers(self.settings.report_to if self.processes.main else (), self.record)
+            for number, stage in enumerate(self.algorithm.stages):
+                if start is not None and number < start.facts["stage"]:
+                    continue
+                if not (yield from self._stage_steps(number, stage, start)):
+                    break
+                start = None
+            self.result = self._finish()
         except GeneratorExit:  # finish(), or the caller dropped the iterator
             raise
         except BaseException:
             self._interrupted()
             raise
-        self.result = self._finish()
+        finally:
+            if not self._closing:
+                self._open.close()
 
-    def _stage_steps(self, number: int, stage: Stage) -> Generator[Step, None, bool]:
+    def _begin(self) -> Checkpoint | None:
+        """Make the folder ready: the checkpoint to go on from, or none; the result, if the run is finished already."""
+        self.record = describe(self.algorithm, self.settings, self.data, self.held_out, self.facts)
+        if self.folder is None:
+            return None
+        if self.processes.main:
+            checkpoint.tidy(self.folder)
+        self.processes.gather(None)  # the others look when it is tidy
+        found = None
+        if self.resume:
+            found = checkpoint.newest(self.folder, self.log.say)
+            if output.is_finished(self.folder) and self._load_finished(found):
+                return None
+        if found is not None:
+            rounding = refuse_foreign(self.record, found.facts["record"], self.may_differ, f"checkpoint {found.folder}")
+            for difference in rounding:
+                self.log.note(
+                    f"note: the last digits may differ from a run that was never stopped: {difference.words()}"
+                )
+            self.log.note(f"going on from {found.folder}.")
+        elif self.processes.main:
+            for name in LOGS:  # of a run that left nothing else
+                (self.folder / name).unlink(missing_ok=True)
+        if self.processes.main:
+            write_record(self.record | {"finished": False}, self.folder)
+        return found
+
+    def _load_finished(self, found: Checkpoint | None) -> bool:
+        """Whether the run in the folder is finished and this one asks for nothing more; then it is the result."""
+        assert self.folder is not None
+        theirs = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        refuse_foreign(self.record, theirs, self.may_differ, f"the finished run in {self.folder}")
+        if any(d.place in ("config.max_steps", "config.epochs") for d in differences(self.record, theirs)):
+            if found is None:
+                raise UsageError(
+                    f"the run in {str(self.folder)!r} is finished and has kept no checkpoint to go on from "
+                    f"(save_steps); train its model further as a new run: model={str(self.folder)!r}."
+                )
+            return False
+        where, scorer, policy = self.folder / "final", None, None
+        if self.algorithm.trains_reward:
+            scorer = load_scorer(where).to(self.device)
+        else:
+            adapter = setup.adapter_of(self.settings) if (where / "adapter_config.json").exists() else None
+            policy = load_policy(
+                where, tokenizer=self.tokenizer, adapter=adapter, dtype=next(self.policy.parameters()).dtype
+            )
+            policy.to(self.device)
+        history = read_log(self.folder / "metrics.jsonl")
+        spent, best = Spent(**theirs["spent"]), theirs["best"]
+        self._tidy_up()
+        self.log.note(f"the run in {self.folder} is finished; nothing is left to do.")
+        self.result = Run(self.algorithm.name, policy, scorer, self.tokenizer, spent, history, self.folder, best)
+        return True
+
+    def _stage_steps(self, number: int, stage: Stage, start: Checkpoint | None) -> Generator[Step, None, bool]:
         """The steps of one stage; whether the run goes on after it."""
         settings = self.settings
-        self._done, self.engine = self.spent, None
+        tensors = {} if start is None else start.tensors()
+        self._done = self.spent if start is None else Spent(**start.facts["done"])
+        self.engine, self.number = None, number
+        if number > 0:  # the anchor of this stage is what the one before it has made
+            weights = dict(self.policy.named_parameters())
+            with torch.no_grad():
+                for name, value in under("stage_start", tensors).items():
+                    weights[name].copy_(value)
+            self._stage_start = {
+                f"stage_start/{n}": p.detach().cpu().clone() for n, p in weights.items() if p.requires_grad
+            }
         engine, held = setup.make_engine(
             stage, settings, policy=self.policy, tokenizer=self.tokenizer, data=self.data, held_out=self.held_out,
-            ptx_dataset=self.ptx_dataset, reward=self.source, anchor=self.anchor, device=self.device, log=self.log,
+            ptx=self.ptx, reward=self.source, anchor=self.anchor, device=self.device, log=self.log,
+            processes=self.processes, stopping=self.stopping, watchdog=self.watchdog,
         )  # fmt: skip
         self.engine, self.scorer = engine, engine.scorer
+        engine.roll_back = self._roll_back
         self.best, self._waited = None, 0  # stages differ in what they measure
         if settings.gradient_checkpointing:
             for trained in engine.trained.values():
                 set_checkpointing(trained.module)
         total = engine.total_steps
-        self.log.begin(total)
         every = settings.eval_steps or math.ceil(total / 10)
-        if engine.optimizer_steps <= engine.config.warmup_steps and settings.learning_rate > 0:
-            self.log.note(
-                f"note: the warm-up of {engine.config.warmup_steps:g} steps is as long as the run of "
-                f"{engine.optimizer_steps}: the learning rate hardly reaches {settings.learning_rate:g} (warmup_steps)."
-            )
-        if held is not None:
-            self._evaluate(engine, held, 0)
+        self._next_save = time.monotonic() + FIRST_SAVE
+        going_on = True
+        if start is not None:
+            engine.load_state(tensors, start.facts["engine"])
+            if self.log.folder is not None:
+                self.log.go_on(start.facts["engine"]["log"])
+            kept = engine.kept
+            self.best, self._waited, self._good, going_on = (kept[k] for k in ("best", "waited", "good", "going_on"))
+            self._saved = number, engine.marked
+        self.log.begin(total, engine.step)
+        if start is None:
+            if engine.optimizer_steps <= engine.config.warmup_steps and settings.learning_rate > 0:
+                self.log.note(
+                    f"note: the warm-up of {engine.config.warmup_steps:g} steps is as long as the run of "
+                    f"{engine.optimizer_steps}: the learning rate hardly reaches {settings.learning_rate:g} "
+                    "(warmup_steps)."
+                )
+            if held is not None:
+                self._evaluate(engine, held, 0)
+            self._mark(engine, True)
+            if settings.on_nonfinite == "rollback":
+                self._save_checkpoint(engine)
+        if not going_on:
+            return False
         for step, values, logged in engine.run():
             evaluation, going_on = None, True
             if held is not None and (step % every == 0 or step == total):
                 evaluation = self._evaluate(engine, held, step)
                 going_on = settings.patience is None or self._waited < settings.patience
             if logged is not None:
+                self.watchdog.doing(f"callbacks after step {step}")
                 answers = [call(step, self.policy, logged) for call in self.callbacks]
                 going_on = going_on and not any(answer is True for answer in answers)
+            going_on = all(self.processes.gather(going_on))
+            self._mark(engine, going_on)
+            if self._is_due(step, total):
+                self._save_checkpoint(engine)
+            self.watchdog.idle()
             yield Step(step, total, values, evaluation, self.policy, number)
             if not going_on:
                 if step < total:
@@ -199,11 +344,86 @@ class Steps:
                 return False
         return True
 
+    # ------------------------------------------------------------------------------------ checkpoints
+
+    def _mark(self, engine: Engine, going_on: bool) -> None:
+        engine.kept = {"best": self.best, "waited": self._waited, "good": self._good, "going_on": going_on}
+        engine.mark()
+
+    def _is_due(self, step: int, total: int) -> bool:
+        """Whether a checkpoint is written after this step. The main process decides: clocks differ."""
+        if self.folder is None:
+            return False
+        if self.settings.save_steps is not None:
+            return step % self.settings.save_steps == 0 or step == total
+        return bool(self.processes.gather(time.monotonic() >= self._next_save and step < total)[0])
+
+    def _save_checkpoint(self, engine: Engine, together: bool = True) -> None:
+        """Write the state of the last mark. ``together``: all processes do this now; else this one is alone."""
+        assert self.folder is not None
+        number = engine.marked[0]
+        with self.stopping.hold():
+            self.watchdog.doing(f"writing checkpoint-{number}")
+            started = time.monotonic()
+            random = self.processes.gather(engine.random) if together else [engine.random]
+            if self.processes.main:
+                tensors, facts = engine.state(random)
+                bad = next((n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
+                if bad is not None:
+                    raise NonFiniteError(
+                        f"step {number}: {bad} is not finite, an earlier step was too large for it; no checkpoint is "
+                        "written over the last good ones. Lower the learning rate."
+                    )
+                if self.settings.on_nonfinite == "rollback" and together:
+                    self._good = facts["kept"]["good"] = number
+                about = {"record": self.record, "stage": self.number, "done": self._done.to_dict(), "engine": facts}
+                adapter = self.policy.adapter is not None
+                keys = (
+                    {}
+                    if adapter
+                    else {f"policy/{n}": n.removeprefix("model.") for n, _ in self.policy.named_parameters()}
+                )
+                checkpoint.write(self.folder, number, tensors | self._stage_start, about, self._save_model, keys)
+                checkpoint.prune(self.folder, self.settings.save_total_limit, self._good)
+            self._good = self.processes.gather(self._good)[0] if together else self._good
+            self._saved = self.number, engine.marked
+            cost = time.monotonic() - started
+            self._next_save = time.monotonic() + min(cost / SHARE, LONGEST)
+
+    def _roll_back(self) -> str:
+        """The weights of the last good checkpoint; says which."""
+        assert self.engine is not None and self.folder is not None and self._good is not None
+        found = checkpoint.whole(self.folder / f"checkpoint-{self._good}")
+        self.engine.load_weights(found.tensors())
+        return str(found.folder)
+
     def _interrupted(self) -> None:
-        """Keep what was trained when the run cannot go on."""
-        if self.spent.optimizer_steps and self.folder is not None and self.result is None:
-            where = self._save("interrupted")
-            self.log.say(f"stopped after {self.spent.optimizer_steps} optimizer steps; the model is in {where}")
+        """Keep what was trained when the run cannot go on; the error that follows is what the user must see."""
+        engine = self.engine
+        if self.folder is None or not self.processes.main or self.result is not None or not self.folder.is_dir():
+            return
+        if output.is_finished(self.folder):
+            return
+        if not self.spent.optimizer_steps:  # nothing is lost, and nothing stands in the way of the next try
+            (self.folder / RECORD).unlink(missing_ok=True)
+            return
+        assert engine is not None
+        where = f"after step {engine.marked[0]} of {engine.total_steps}"
+        try:
+            if engine.whole and self._saved != (self.number, engine.marked):
+                self._save_checkpoint(engine, together=False)
+        except RunError as error:
+            self.log.say(str(error))
+        last = checkpoint.found(self.folder)[-1:]
+        if last:
+            self.log.say(f"stopped {where}; the run goes on from {last[0]} with resume=True (--resume).")
+        else:
+            self.log.say(f"stopped {where}; there is no checkpoint.")
+
+    def _tidy_up(self) -> None:
+        """Checkpoints that nobody asked for go when the run is finished."""
+        if self.folder is not None and self.settings.save_steps is None:
+            checkpoint.prune(self.folder, 0)
 
     def _evaluate(self, engine: Engine, held_out: Samples, step: int) -> dict[str, float]:
         """Evaluate, and keep the model if it is the best so far."""
@@ -229,8 +449,9 @@ class Steps:
             self._waited += 1
             return values
         self.best, self._waited = {"metric": metric, "value": value, "step": step}, 0
-        if s.best_metric is not None:
-            self._save("best")
+        if s.best_metric is not None and self.processes.main:
+            with checkpoint.told(f"the best model could not be written to {str(self.folder)!r}", self.folder or Path()):
+                self._save("best")
         return values
 
     def _finish(self) -> Run:
@@ -240,14 +461,17 @@ class Steps:
             chosen.name, None if reward else self.policy, self.scorer if reward else None, self.tokenizer,
             self.spent, self.log.history, self.folder, self.best,
         )  # fmt: skip
-        if self.folder is None:
+        if self.folder is None or not self.processes.main:
             return run
+        self.watchdog.doing("writing the result")
         if self.best is not None and self.best["step"] == 0:
             self.log.note("no evaluation was better than the one before the first step.")
-        record = self._described() | {"spent": self.spent.to_dict(), "best": self.best}
-        output.write_record(record, self.folder)
-        output.write_card(record, self.log.history, self._save("final"))
-        output.draw_curves(self.log.history, self.folder / "curves.png", chosen.name, self.log.note)
+        record = self.record | {"finished": True, "spent": self.spent.to_dict(), "best": self.best}
+        with checkpoint.told(f"the result could not be written to {str(self.folder)!r}", self.folder):
+            output.write_card(record, self.log.history, self._save("final"))
+            output.draw_curves(self.log.history, self.folder / "curves.png", chosen.name, self.log.note)
+        write_record(record, self.folder)
+        self._tidy_up()
         if self.push_to_hub is not None:
             output.push(self.folder / "final", self.push_to_hub, self.log.note)
         return run
@@ -258,15 +482,15 @@ class Steps:
         module = self.scorer or self.policy
         if not all(bool(torch.isfinite(p).all()) for p in module.parameters() if p.requires_grad):
             self.log.say("the weights are not finite: an earlier step was too large for them. Lower the learning rate.")
-        with output.replacing(self.folder / name) as aside:
-            if self.scorer is not None:
-                save_scorer(self.scorer, self.tokenizer, aside, note=self.log.note)
-            else:
-                save_policy(self.policy, self.tokenizer, aside, merge=self.settings.merge)
+        with checkpoint.replacing(self.folder / name) as aside:
+            self._save_model(aside, merge=self.settings.merge)
         return self.folder / name
 
-    def _described(self) -> dict[str, Any]:
-        return output.describe(self.algorithm, self.settings, self.data, self.held_out, self.facts)
+    def _save_model(self, folder: Path, merge: bool = False) -> None:
+        if self.scorer is not None:
+            save_scorer(self.scorer, self.tokenizer, folder, note=self.log.note)
+        else:
+            save_policy(self.policy, self.tokenizer, folder, merge=merge)
 
 
 def steps(algorithm: str | Algorithm, **arguments: Any) -> Steps:
@@ -302,6 +526,8 @@ def train(
     config: TrainConfig | Mapping[str, Any] | None = None,
     callback: Callback | Sequence[Callback] = (),
     push_to_hub: str | None = None,
+    resume: bool = False,
+    may_differ: str | Sequence[str] = (),
     quiet: bool = False,
     **options: Any,
 ) -> Run:
@@ -324,9 +550,13 @@ def train(
         callback: called as ``callback(step, policy, metrics)`` after every ``logging_steps`` steps; several in a list.
             The run ends early where one returns ``True``.
         push_to_hub: repository on the hub that gets ``final/``.
+        resume: go on from the newest whole checkpoint in ``output_dir``, to the same bits on a CPU; from the beginning
+            where there is none; a finished run is given back. A checkpoint of another configuration, other data or
+            another version is refused.
+        may_differ: what of these may differ: options (``"max_steps"``), ``"versions"``, ``"data"``, ``"reward"``, ...
         **options: options of the algorithm (``beta=0.2``) or fields of the configuration (``learning_rate=1e-5``).
 
-    If the run stops with an error or Ctrl-C, the model as it is then goes to ``output_dir/interrupted``.
+    SIGTERM, Ctrl-C and errors leave a checkpoint in ``output_dir``; the first two then raise :class:`Stopped`.
 
     Example::
 
@@ -334,9 +564,10 @@ def train(
     """
     given = {k: v for k, v in locals().items() if k not in ("algorithm", "options")}
     run = Steps(algorithm, **given, **options)
-    for _ in run:
-        pass
-    return run.finish()
+    with run.stopping:
+        for _ in run:
+            pass
+        return run.finish()
 
 
 def load_run_policy(

@@ -32,17 +32,20 @@ from prefzoo.models.load import (
     prepare_tokenizer,
     tiny_model,
 )  # fmt: skip
-from prefzoo.models.reference import cached_logps, reference_of
+from prefzoo.models.reference import cached_logps, reference_of, weights_hash
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.tokenizer import open_tokenizer, same_tokens
 from prefzoo.parts.feedback import Verifier
 from prefzoo.parts.reference import Moving
 from prefzoo.parts.roles import CRITIC, REFERENCE, REWARD
 from prefzoo.parts.source import Rollouts
+from prefzoo.processes import Processes
 from prefzoo.registry import UsageError, suggest
 from prefzoo.training.config import ONLY_DATASET, TrainConfig
 from prefzoo.training.engine import Engine
+from prefzoo.training.guards import Watchdog
 from prefzoo.training.metrics import RunLog
+from prefzoo.training.stopping import Stopping
 
 Note = Callable[[str], None]
 
@@ -105,6 +108,8 @@ def _without_effect(
     if algorithm.trains_reward:
         out.append((("fp32_head",), "a reward head is in float32 anyway"))
         out.append((("merge",), "a reward model is always written merged"))
+    if arguments.get("output_dir") is None:
+        out.append((("save_steps", "save_total_limit"), "there is no output_dir to write checkpoints to"))
     if arguments.get("eval_dataset") is not None:
         out.append((("eval_split",), "eval_dataset is given"))
     elif settings.eval_split is None:
@@ -120,14 +125,11 @@ def check_cache(settings: TrainConfig) -> None:
         raise UsageError(f"cache_dir {str(settings.cache_dir)!r} is a file; give a folder.")
 
 
-def device_of(settings: TrainConfig) -> torch.device:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise UsageError(
-            f"this run was launched as {processes} processes; training on several is not supported yet. "
-            "Start it without a launcher: one process uses one device."
-        )
+def device_of(settings: TrainConfig, processes: Processes) -> torch.device:
+    """The device of this process: one each where there are several."""
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and processes.size > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if name.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
         raise UsageError(f"device {name!r} is not there: expected 'cpu', 'cuda' or 'cuda:0', 'mps' or 'xpu'.")
     try:
@@ -152,6 +154,17 @@ def read_data(
     if s.eval_split is not None:
         data, held_out = split_by_prompt(data, s.eval_split, s.seed)
     return data, held_out
+
+
+def read_ptx(algorithm: Algorithm, dataset: Any, settings: TrainConfig, note: Note) -> Dataset | None:
+    """The demonstrations of terms on ``ptx`` rows."""
+    if all(t.rows != "ptx" for stage in algorithm.stages for t in stage.terms):
+        if dataset is not None:
+            note("note: no term has ptx rows; ptx_dataset= is ignored.")
+        return None
+    if dataset is None:
+        raise UsageError("this algorithm has a term on ptx rows: give ptx_dataset= demonstrations.")
+    return load_dataset(dataset, **reading_of(settings))
 
 
 def reading_of(settings: TrainConfig) -> dict[str, Any]:
@@ -274,11 +287,14 @@ def make_engine(
     tokenizer: PreTrainedTokenizerBase,
     data: Dataset,
     held_out: Dataset | None,
-    ptx_dataset: Any,
+    ptx: Dataset | None,
     reward: RewardSource | None,
     anchor: Policy | None,
     device: torch.device,
     log: RunLog,
+    processes: Processes,
+    stopping: Stopping,
+    watchdog: Watchdog,
 ) -> tuple[Engine, Samples | None]:
     """The engine of a stage, its roles loaded and its rows tokenised; and the rows held out."""
     config = policy.model.config.get_text_config()
@@ -303,13 +319,9 @@ def make_engine(
     if held_out is not None:
         held, report = tokenise(held_out, tokenizer, stage.source.data, **reading)
         log.note(f"held out: {report.rows} rows of {report.source}")
-    ptx = None
-    if ptx_dataset is not None and all(t.rows != "ptx" for t in stage.terms):
-        log.note("note: no term has ptx rows; ptx_dataset= is ignored.")
-    if any(t.rows == "ptx" for t in stage.terms):
-        if ptx_dataset is None:
-            raise UsageError("this algorithm has a term on ptx rows: give ptx_dataset= demonstrations.")
-        ptx, _ = tokenise(load_dataset(ptx_dataset, **reading_of(settings)), tokenizer, "completions", **reading)
+    demonstrations = None
+    if ptx is not None and any(t.rows == "ptx" for t in stage.terms):
+        demonstrations, _ = tokenise(ptx, tokenizer, "completions", **reading)
     moving = isinstance(stage.reference, Moving)
     if moving and (policy.adapter is not None or anchor is not None):
         raise UsageError("a moving reference follows a fully trained policy from its start: no lora, no reference=.")
@@ -321,8 +333,9 @@ def make_engine(
             # Offline rows never change, so neither do their reference log-probabilities: once, before any step.
             known = [samples] if held is None else [samples, held]
             budget, precision, cache = settings.tokens_per_batch, settings.precision, settings.cache_dir
+            watchdog.doing("log-probabilities of the reference")
             known = [
-                rows.with_tokens(ref_logps=cached_logps(reference, rows, budget, device, cache, precision))
+                rows.with_tokens(ref_logps=cached_logps(reference, rows, budget, device, cache, precision, processes))
                 for rows in known
             ]
             samples, held = known[0], (known[1] if held is not None else None)
@@ -336,8 +349,13 @@ def make_engine(
         else:
             raise UsageError("critic_from='reward' needs a reward model with the policy's tokenizer as the reward.")
         critic.to(device)
+    if processes.size > 1:
+        models = [weights_hash(m) for m in (policy, scorer, critic, reference) if m is not None]
+        if len({tuple(m) for m in processes.gather(models)}) > 1:
+            raise UsageError("the processes have loaded different weights: give all the same model and configuration.")
     engine = Engine(
-        stage, settings, tokenizer=tokenizer, policy=policy, data=samples, ptx=ptx, reward=reward,
-        reference=reference, scorer=scorer, critic=critic, log=log,
+        stage, settings, tokenizer=tokenizer, policy=policy, data=samples, ptx=demonstrations, reward=reward,
+        reference=reference, scorer=scorer, critic=critic, log=log, processes=processes, stopping=stopping,
+        watchdog=watchdog,
     )  # fmt: skip
     return engine, held

@@ -1,0 +1,78 @@
+"""SIGTERM and Ctrl-C: a run ends where its state is whole, so that it can go on from there."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to end, and ended; ``output_dir`` has a checkpoint that it goes on from."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+class Stopping:
+    """A context manager: inside it, SIGTERM and Ctrl-C raise :class:`Stopped`, but never in a section that is held.
+
+    ``immediate=False`` (several processes, which must stop together): only :attr:`wanted` is set, and who runs the
+    loop asks for it. A second Ctrl-C raises KeyboardInterrupt wherever it comes. Outside the main thread, or where
+    signals are ignored (nohup, workers of a suite), nothing is installed.
+    """
+
+    def __init__(self, immediate: bool = True) -> None:
+        self.immediate = immediate
+        self.wanted: int | None = None
+        self.held = 0
+        self._raised = False
+        self._depth = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopping:
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before.clear()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Nothing is raised in here; what came meanwhile is raised at the end."""
+        self.held += 1
+        try:
+            yield
+        finally:
+            self.held -= 1
+        if self.immediate:
+            self.check(self.wanted)
+
+    def check(self, wanted: int | None) -> None:
+        """Raise if somebody asked to stop; once, or the checkpoint that follows could not be written."""
+        if wanted is not None and not self.held and not self._raised:
+            self.wanted, self._raised = wanted, True
+            raise Stopped(wanted)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.wanted is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.wanted = number
+        if self.immediate:
+            self.check(number)
