@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from prefzoo.algorithm import create_algorithm
-from prefzoo.benchmarks.jobs import Job, Outcome, run_jobs
+from prefzoo.benchmarks.jobs import Job, Outcome, replacing, run_jobs
 from prefzoo.benchmarks.suites import Method, Suite, Task, get_suite
+from prefzoo.locks import locked
 from prefzoo.parts.feedback import Verifier
 from prefzoo.plugins import import_file
 from prefzoo.registry import UsageError
@@ -151,7 +153,10 @@ def run(
     workers: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Run a suite: finished cells are not run again; then compute and write its results and report.
+    """Run a suite: finished cells are not run again, half-done ones go on; then write its results and report.
+
+    One process at a time works in a folder. Ctrl-C and SIGTERM let the workers write where they are; then
+    ``prefzoo.training.Stopped`` is raised.
 
     Args:
         suite: a name (``prefzoo.benchmarks.SUITES``) or a :class:`Suite`.
@@ -165,9 +170,6 @@ def run(
     Returns:
         The results, as written to ``results.json``.
     """
-    from prefzoo.benchmarks.report import write_report
-    from prefzoo.benchmarks.results import collect
-
     paths = [Path(p).resolve() for p in imports]
     for path in paths:
         import_file(path)
@@ -183,30 +185,39 @@ def run(
         chosen = dataclasses.replace(chosen, seeds=seeds)
     chosen = chosen.choose(list(algorithms) if algorithms else None)
     folder = Path(out)
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
-    planned = plan(chosen)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        return _run(chosen, folder, paths, workers or os.cpu_count() or 1, quiet)
+
+
+def _run(suite: Suite, folder: Path, imports: Sequence[Path], workers: int, quiet: bool) -> dict[str, Any]:
+    from prefzoo.benchmarks.report import write_report
+    from prefzoo.benchmarks.results import collect
+
+    planned = plan(suite)
     started = time.monotonic()
 
+    def say(words: str) -> None:
+        if not quiet:
+            print(f"[{time.monotonic() - started:5.0f} s] {words}", file=sys.stderr, flush=True)
+
     def show(outcome: Outcome, done: int, total: int) -> None:
-        if quiet:
-            return
         how = "kept from before" if outcome.reused else f"failed: {outcome.error}" if outcome.error else "done"
         seconds = f" in {outcome.facts['seconds']:.0f} s" if outcome.facts and not outcome.reused else ""
-        print(
-            f"[{time.monotonic() - started:5.0f} s] {done}/{total} {outcome.name}: {how}{seconds}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{done}/{total} {outcome.name}: {how}{seconds}")
 
-    outcomes = run_jobs(planned.jobs, folder, workers=workers or os.cpu_count() or 1, imports=paths, report=show)
-    results = collect(chosen, planned, outcomes, folder)
+    outcomes = run_jobs(planned.jobs, folder, workers=workers, imports=imports, report=show, note=say)
+    for left in (folder / "cache").glob("tmp*"):  # written aside by a process that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    results = collect(suite, planned, outcomes, folder)
     results["environment"] = {
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         **{p: version(p) for p in ("prefzoo", "torch", "transformers", "numpy", "scipy")},
     }
     results["wall_seconds"] = time.monotonic() - started
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    with replacing(folder / "results.json") as aside:
+        aside.write_text(json.dumps(results, indent=1) + "\n")
     text = write_report(folder)
     if not quiet:
         print(text)

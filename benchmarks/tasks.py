@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from prefzoo.algorithm import create_algorithm
+from prefzoo.benchmarks.jobs import replacing
 from prefzoo.data.formats import convert, load_dataset
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.data.tokens import tokenise
@@ -63,9 +65,9 @@ def world_start(params: Params, inputs: Inputs, folder: Path) -> Facts:
     model = tiny_model(tokenizer, seed=derive_seed(s["start_seed"], "init") % 2**31)
     run = train(
         "sft", model=model, tokenizer=tokenizer, dataset=world.demonstrations(s["demonstrations"]),
-        output_dir=folder / "run", seed=s["start_seed"], max_steps=s["start_steps"], rows_per_step=s["start_rows"],
-        learning_rate=s["start_rate"], warmup_steps=20, weight_decay=0.01, schedule="cosine",
-        final_learning_rate=0.05, logging_steps=50, quiet=True,
+        output_dir=folder / "run", resume=True, seed=s["start_seed"], max_steps=s["start_steps"],
+        rows_per_step=s["start_rows"], learning_rate=s["start_rate"], warmup_steps=20, weight_decay=0.01,
+        schedule="cosine", final_learning_rate=0.05, logging_steps=50, quiet=True,
     )  # fmt: skip
     return {"spent": run.spent.to_dict()}
 
@@ -120,8 +122,8 @@ def world_reward_model(params: Params, inputs: Inputs, folder: Path) -> Facts:
 
 def _train_reward_model(start: Path, data: Any, s: Mapping[str, Any], seed: int, folder: Path) -> Facts:
     run = train(
-        "reward_model", model=start / "run" / "final", dataset=data, output_dir=folder / "run", pooling="mean",
-        centering=0.001, seed=seed, learning_rate=s["reward_rate"], rows_per_step=s["reward_rows"],
+        "reward_model", model=start / "run" / "final", dataset=data, output_dir=folder / "run", resume=True,
+        pooling="mean", centering=0.001, seed=seed, learning_rate=s["reward_rate"], rows_per_step=s["reward_rows"],
         epochs=s["reward_epochs"], weight_decay=0.05, logging_steps=50, max_length=s.get("max_length", 1024),
         quiet=True,
     )  # fmt: skip
@@ -131,10 +133,15 @@ def _train_reward_model(start: Path, data: Any, s: Mapping[str, Any], seed: int,
 def _standardise(folder: Path, answers: Samples, tokenizer: Any) -> np.ndarray:
     """Give the reward model mean 0 and standard deviation 1 on these answers, so that beta means the same each time."""
     scorer = load_scorer(folder)
+    scorer.offset.zero_()  # a process that was killed here may have left its own
+    scorer.scale.fill_(1.0)
     raw = ModelReward(scorer)(answers)
     scorer.offset.fill_(float(raw.mean()))
     scorer.scale.fill_(max(float(raw.std(correction=0)), 1e-6))
-    save_scorer(scorer, tokenizer, folder)
+    aside = save_scorer(scorer, tokenizer, folder.with_name(".standardised.part"))
+    for file in aside.iterdir():  # one by one: the two numbers are in one file, the others are as they were
+        file.replace(folder / file.name)
+    aside.rmdir()
     return ((raw - scorer.offset) / scorer.scale).numpy().reshape(len(answers.prompts), -1)
 
 
@@ -206,9 +213,9 @@ def pairs_start(params: Params, inputs: Inputs, folder: Path) -> Facts:
     model = tiny_model(tokenizer, size="small", seed=derive_seed(s["start_seed"], "init") % 2**31)
     run = train(
         "sft", model=model, tokenizer=tokenizer, dataset=inputs["data"] / "train.jsonl", output_dir=folder / "run",
-        seed=s["start_seed"], max_steps=s["start_steps"], rows_per_step=s["start_rows"], learning_rate=s["start_rate"],
-        warmup_steps=20, weight_decay=0.01, schedule="cosine", final_learning_rate=0.05, max_length=s["max_length"],
-        logging_steps=50, quiet=True,
+        resume=True, seed=s["start_seed"], max_steps=s["start_steps"], rows_per_step=s["start_rows"],
+        learning_rate=s["start_rate"], warmup_steps=20, weight_decay=0.01, schedule="cosine",
+        final_learning_rate=0.05, max_length=s["max_length"], logging_steps=50, quiet=True,
     )  # fmt: skip
     return {"spent": run.spent.to_dict()}
 
@@ -241,10 +248,7 @@ def cell(params: Params, inputs: Inputs, folder: Path) -> Facts:
     policy = start
     world = _world(params)
     if method["name"] != "start":
-        curve: list[pa.Table] = []
-        policy, facts["spent"] = _train_cell(params, inputs, folder, tokenizer, start, curve)
-        if curve:
-            pq.write_table(pa.concat_tables(curve), folder / "curve.parquet")
+        policy, facts["spent"] = _train_cell(params, inputs, folder, tokenizer, start)
     if world is not None:
         rows = world.prompts("test", params["test_prompts"], unique=params["task"]["kind"] == "requests")
     else:
@@ -258,14 +262,12 @@ def cell(params: Params, inputs: Inputs, folder: Path) -> Facts:
     return facts
 
 
-def _train_cell(
-    params: Params, inputs: Inputs, folder: Path, tokenizer: Any, start: Policy, curve: list[pa.Table]
-) -> tuple[Policy, Facts]:
+def _train_cell(params: Params, inputs: Inputs, folder: Path, tokenizer: Any, start: Policy) -> tuple[Policy, Facts]:
     task, method, seed = params["task"], params["method"], params["seed"]
     s = task["settings"]
     common: dict[str, Any] = {
-        "model": inputs["start"] / "run" / "final", "output_dir": folder / "run", "seed": seed, "quiet": True,
-        "cache_dir": folder.parent.parent / "cache", "max_length": s.get("max_length", 1024),
+        "model": inputs["start"] / "run" / "final", "output_dir": folder / "run", "resume": True, "seed": seed,
+        "quiet": True, "cache_dir": folder.parent.parent / "cache", "max_length": s.get("max_length", 1024),
     }  # fmt: skip
     if method["name"] == "sft_more":
         return _sft_more(params, inputs, common)
@@ -279,18 +281,22 @@ def _train_cell(
         if s["permuted"]:
             reward = Permuted(reward, tokenizer, derive_seed(seed, "permuted rewards"))
 
+    curve = Curve(folder, lambda step, policy: _curve_point(params, inputs, policy, start, tokenizer, step))
+    if method["curve"]:
+        curve.add(0, start)
+
     def callback(step: int, policy: Policy, metrics: dict[str, float]) -> None:
         if method["curve"]:
-            curve.append(_curve_point(params, inputs, policy, start, tokenizer, step))
+            curve.add(step, policy)
 
-    if method["curve"]:
-        curve.append(_curve_point(params, inputs, start, start, tokenizer, 0))
     training = {"logging_steps": 10, **method["training"]}
     data = inputs["data"] / ("train.jsonl" if task["kind"] == "pairs" else "data.jsonl")
     run = train(
         method["algorithm"], dataset=data, reward=reward, callback=callback, **common, **training, **method["options"]
     )
     assert run.policy is not None, f"{method['algorithm']} trains a reward model; a suite compares policies"
+    if method["curve"]:
+        curve.gather()
     return run.policy, run.spent.to_dict()
 
 
@@ -324,6 +330,32 @@ def _sft_more(params: Params, inputs: Inputs, common: dict[str, Any]) -> tuple[P
     return run.policy, {**run.spent.to_dict(), "matched_tokens": tokens}
 
 
+class Curve:
+    """``curve.parquet`` of a cell, point by point. Until the run has ended each has its own file: a killed process
+    has no memory, and the next one goes on behind them."""
+
+    def __init__(self, folder: Path, point: Callable[[int, Policy], pa.Table]) -> None:
+        self._whole = folder / "curve.parquet"
+        self._pieces = folder / "curve"
+        self._point = point
+
+    def add(self, step: int, policy: Policy) -> None:
+        """Score the policy at this step, if that was not done before."""
+        file = self._pieces / f"{step:06}.parquet"
+        if not file.exists() and not self._whole.exists():
+            self._pieces.mkdir(exist_ok=True)
+            with replacing(file) as aside:
+                pq.write_table(self._point(step, policy), aside)
+
+    def gather(self) -> None:
+        """All points in one file."""
+        if not self._whole.exists():
+            points = [pq.read_table(f) for f in sorted(self._pieces.glob("[0-9]*.parquet"))]
+            with replacing(self._whole) as aside:
+                pq.write_table(pa.concat_tables(points), aside)
+        shutil.rmtree(self._pieces, ignore_errors=True)
+
+
 class Permuted:
     """A control: the rewards of a batch, dealt to other completions of the batch."""
 
@@ -331,14 +363,15 @@ class Permuted:
         self._reward = resolve_reward(reward, tokenizer)
         self._tokenizer = tokenizer
         self._seed = seed
-        self._calls = 0
         self.__name__ = "permuted"
 
-    def __call__(self, prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    def __call__(
+        self, prompts: list[str], completion_ids: list[list[int]], trainer_state: Any, **columns: Any
+    ) -> list[float]:
         samples = _samples_of(prompts, completion_ids, self._tokenizer, columns)
         scores = self._reward(samples).numpy()
-        self._calls += 1
-        return generator(self._seed, self._calls).permutation(scores).tolist()
+        # By the step, not by a count of calls: a run that was stopped and goes on counts anew.
+        return generator(self._seed, trainer_state.global_step + 1).permutation(scores).tolist()
 
 
 def _samples_of(

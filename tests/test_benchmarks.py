@@ -202,29 +202,6 @@ def test_a_failed_job_fails_what_needs_it_and_nothing_else(kitchen: SimpleNamesp
     assert not [c for c in kitchen.cells() if c.endswith(".failed")], "what was cured leaves no failure behind"
 
 
-def test_a_half_written_folder_is_no_result_and_is_cleaned(kitchen: SimpleNamespace, in_threads: None) -> None:
-    job = kitchen.job("a", 3)
-    whole = kitchen.out / "cells" / f"a-{keys_of([job])['a']}"
-    aside = whole.with_name(f".{whole.name}.4194309")  # of a process that is gone
-    for folder in (whole, aside):
-        folder.mkdir(parents=True)
-        (folder / "half.txt").write_text("half")
-    outcome = run_jobs([job], kitchen.out)["a"]
-    assert outcome.facts["sum"] == 3 and not outcome.reused
-    assert kitchen.cells() == [whole.name]
-    assert sorted(f.name for f in whole.iterdir()) == ["facts.json", "kept.txt"]
-
-
-def test_a_killed_worker_gives_words_and_the_next_call_goes_on(kitchen: SimpleNamespace) -> None:
-    died = Job("died", f"{kitchen.module}:die", {}, {"first": "first"})
-    line = [kitchen.job("first", 1), died]
-    with pytest.raises(UsageError, match=r"died: .*killed, or out of memory.*run the same command again"):
-        run_jobs(line, kitchen.out)
-    assert kitchen.ran() == ["first"]
-    half = [c for c in kitchen.cells() if "died" in c]
-    assert len(half) == 1 and half[0].startswith("."), "what it left is not a result"
-
-
 # ------------------------------------------------------------------------------------- one small suite, end to end
 
 SMALL = {"demonstrations": 300, "start_steps": 30, "start_rows": 32, "prompts": 24, "validation_prompts": 8}

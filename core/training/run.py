@@ -146,6 +146,8 @@ class Steps:
         self.best: dict[str, Any] | None = None
         self.result: Run | None = None
         self._waited = 0  # evaluations since the best one
+        self.number = 0  # of the stage that runs
+        self._before = 0  # steps of the stages before it
         self._good: int | None = None  # the checkpoint to go back to
         self._saved: tuple[int, tuple[int, int]] | None = None  # stage and mark of the newest checkpoint
         self._next_save = math.inf
@@ -188,6 +190,10 @@ class Steps:
     def spent(self) -> Spent:
         """What the run has cost so far."""
         return self._done if self.engine is None else self._done + self.engine.spent
+
+    @property
+    def _done_steps(self) -> int:
+        return self._before + (0 if self.engine is None else self.engine.step)
 
     def _all_steps(self) -> Generator[Step]:
         try:
@@ -277,6 +283,7 @@ class Steps:
         settings = self.settings
         tensors = {} if start is None else start.tensors()
         self._done = self.spent if start is None else Spent(**start.facts["done"])
+        self._before = self._done_steps if start is None else start.facts["before"]
         self.engine, self.number = None, number
         if number > 0:  # the anchor of this stage is what the one before it has made
             weights = dict(self.policy.named_parameters())
@@ -302,9 +309,9 @@ class Steps:
         self._next_save = time.monotonic() + FIRST_SAVE
         going_on = True
         if start is not None:
-            engine.load_state(tensors, start.facts["engine"])
             if self.log.folder is not None:
                 self.log.go_on(start.facts["engine"]["log"])
+            engine.load_state(tensors, start.facts["engine"])
             kept = engine.kept
             self.best, self._waited, self._good, going_on = (kept[k] for k in ("best", "waited", "good", "going_on"))
             self._saved = number, engine.marked
@@ -361,7 +368,7 @@ class Steps:
     def _save_checkpoint(self, engine: Engine, together: bool = True) -> None:
         """Write the state of the last mark. ``together``: all processes do this now; else this one is alone."""
         assert self.folder is not None
-        number = engine.marked[0]
+        number = self._before + engine.marked[0]
         with self.stopping.hold():
             self.watchdog.doing(f"writing checkpoint-{number}")
             started = time.monotonic()
@@ -376,7 +383,8 @@ class Steps:
                     )
                 if self.settings.on_nonfinite == "rollback" and together:
                     self._good = facts["kept"]["good"] = number
-                about = {"record": self.record, "stage": self.number, "done": self._done.to_dict(), "engine": facts}
+                about = {"record": self.record, "stage": self.number, "before": self._before,
+                         "done": self._done.to_dict(), "engine": facts}  # fmt: skip
                 adapter = self.policy.adapter is not None
                 keys = (
                     {}
