@@ -201,7 +201,7 @@ class Engine:
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
-        self.load_weights(tensors)
+        self.go_back(tensors, facts)
         self.step, self.place, self.epoch = facts["step"], facts["place"], facts["epoch"]
         self.bad_in_a_row = facts["bad_in_a_row"]
         self.spent = Spent(**facts["spent"])
@@ -214,11 +214,10 @@ class Engine:
         rank = self.processes.rank
         if rank < len(facts["random"]):
             set_rng_state(under(f"random.{rank}", tensors), facts["random"][rank])
-        self._load_controllers(facts)
         self.mark()
 
-    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """Weights and optimizers alone."""
+    def go_back(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Weights, optimizers and controllers alone: the run goes on from where it is in the data."""
         with torch.no_grad():
             for name, value in self._moved().items():
                 value.copy_(tensors[name])
@@ -228,8 +227,6 @@ class Engine:
                 index, _, key = name.partition("/")
                 state[int(index)][key] = value
             trained.optimizer.load_state_dict({**trained.optimizer.state_dict(), "state": dict(state)})
-
-    def _load_controllers(self, facts: Mapping[str, Any]) -> None:
         for name, controller in self.stage.controllers.items():
             controller.load_state_dict(facts["controllers"][name])
 

@@ -27,7 +27,7 @@ def check_folder(output_dir: str | Path | None, resume: bool) -> None:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output folder {str(folder)!r} is a file; choose another name.")
-    if resume:
+    if resume and ((folder / RECORD).exists() or checkpoint.found(folder)):
         return
     if any((folder / name).exists() for name in MODELS) or is_finished(folder):
         raise UsageError(f"output folder {str(folder)!r} holds another run; choose a new folder or remove it.")
@@ -56,10 +56,12 @@ def is_finished(folder: Path) -> bool:
 def _is_log(file: Path) -> bool:
     """Whether every line is of a run: an object with the number of its step. A killed run cuts its last line off."""
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+        *lines, last = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        rows = [json.loads(line) for line in lines]
     except (OSError, ValueError):
         return False
-    return all(isinstance(row, dict) and "step" in row for row in rows)
+    begins = '{"step": '
+    return all(isinstance(row, dict) and "step" in row for row in rows) and last[: len(begins)] == begins[: len(last)]
 
 
 def make_folder(output_dir: str | Path | None) -> Path | None:

@@ -154,6 +154,7 @@ class Steps:
         self._stage_start: dict[str, Tensor] = {}  # weights that a later stage began with
         self._open = contextlib.ExitStack()
         self._closing = False
+        self._began = False  # the folder is this run's
         self._steps = self._all_steps()
 
     def __iter__(self) -> Iterator[Step]:
@@ -248,6 +249,7 @@ class Steps:
                 (self.folder / name).unlink(missing_ok=True)
         if self.processes.main:
             write_record(self.record | {"finished": False}, self.folder)
+        self._began = True
         return found
 
     def _load_finished(self, found: Checkpoint | None) -> bool:
@@ -375,7 +377,8 @@ class Steps:
             random = self.processes.gather(engine.random) if together else [engine.random]
             if self.processes.main:
                 tensors, facts = engine.state(random)
-                bad = next((n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
+                moved = (n for n, t in tensors.items() if t.is_floating_point() and not n.startswith("rollouts/"))
+                bad = next((name for name in moved if not tensors[name].isfinite().all()), None)
                 if bad is not None:
                     raise NonFiniteError(
                         f"step {number}: {bad} is not finite, an earlier step was too large for it; no checkpoint is "
@@ -402,7 +405,7 @@ class Steps:
         """The weights of the last good checkpoint; says which."""
         assert self.engine is not None and self.folder is not None and self._good is not None
         found = checkpoint.whole(self.folder / f"checkpoint-{self._good}")
-        self.engine.load_weights(found.tensors())
+        self.engine.go_back(found.tensors(), found.facts["engine"])
         return str(found.folder)
 
     def _interrupted(self) -> None:
@@ -413,7 +416,8 @@ class Steps:
         if output.is_finished(self.folder):
             return
         if not self.spent.optimizer_steps:  # nothing is lost, and nothing stands in the way of the next try
-            (self.folder / RECORD).unlink(missing_ok=True)
+            if self._began and not checkpoint.found(self.folder):
+                (self.folder / RECORD).unlink(missing_ok=True)
             return
         assert engine is not None
         where = f"after step {engine.marked[0]} of {engine.total_steps}"
