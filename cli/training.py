@@ -15,6 +15,7 @@ from prefzoo.algorithm import algorithm_entry
 from prefzoo.algos.trl import read_trl_config
 from prefzoo.algos.trl_fields import FIELDS
 from prefzoo.plugins import import_file, import_function, names_function
+from prefzoo.processes import Processes
 from prefzoo.registry import UsageError, suggest
 from prefzoo.training import Stopped, TrainConfig
 from prefzoo.training import train as train_algorithm
@@ -48,6 +49,8 @@ def train(
         if isinstance(error, Stopped):
             raise typer.Exit(error.exit_code) from None
         raise
+    if not Processes.launched().main:  # one speaks for all
+        return
     for row in (
         next((r for r in reversed(run.history) if "learning_rate" in r), None),
         next((r for r in reversed(run.history) if any(k.startswith("eval/") for k in r)), None),

@@ -8,15 +8,19 @@ step.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from prefzoo.registry import RunError
+from prefzoo.registry import RunError, UsageError
 
 Item = TypeVar("Item")
 BUCKET = 2**25  # elements that are summed in one message
@@ -39,6 +43,12 @@ class Processes:
         """As ``accelerate launch`` or ``torchrun`` started them."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing and not distributed.is_initialized():
+            raise UsageError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that there are several processes, but {missing[0]} is not "
+                "set; start them with accelerate launch or torchrun, or unset WORLD_SIZE."
+            )
         from accelerate import PartialState
 
         state = PartialState(cpu=cpu or not torch.accelerator.is_available())
@@ -67,31 +77,45 @@ class Processes:
         """The sum over processes: the same bits in each of them."""
         if self.size == 1:
             return value
-        there = value.to(_device())
+        there = value.to(_device(), copy=True)
         with self._in_words():
             distributed.all_reduce(there)
         return there.to(value.device)
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Gradients become their sums; who has none of a parameter adds nothing to it."""
+        """Gradients become their sums; who has none of a parameter adds nothing, and where nobody has any, none there
+        is: an optimizer leaves such a parameter alone."""
         if self.size == 1:
             return
         for bucket in _buckets(parameters):
-            flat = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.view(-1) for p in bucket])
+            grads = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in bucket]
+            flat = torch.cat([*grads, grads[0].new_tensor([float(p.grad is not None) for p in bucket])])
             with self._in_words():
                 distributed.all_reduce(flat)
-            for p, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                p.grad = grad.view_as(p)
+            *sums, known = flat.split([*(p.numel() for p in bucket), len(bucket)])
+            for p, grad, there in zip(bucket, sums, known.tolist(), strict=True):
+                p.grad = grad.view_as(p) if there else None
+
+    def tell(self, error: BaseException) -> None:
+        """Hand the words of an error to the launcher, whose summary is the last that a person reads."""
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if self.size > 1 and file is not None and not Path(file).exists():
+            told = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+            with contextlib.suppress(OSError):
+                Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
 
     @contextlib.contextmanager
     def _in_words(self) -> Iterator[None]:
         try:
             yield
         except (RuntimeError, ValueError) as error:
+            said = (
+                re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
+            )  # without the C++ file
             raise RunError(
-                f"process {self.rank} of {self.size} cannot reach the others ({str(error).strip().splitlines()[0]}): "
-                "one of them ended or was killed; what it said last is the reason."
-            ) from error
+                f"process {self.rank} of {self.size} cannot go on without the others ({said}): one of them ended, was "
+                "killed, or did not answer for too long. What that one said, or the launcher says of it, is the reason."
+            ) from None  # the C++ and the collective that met it are no help
 
 
 def _device() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -132,6 +133,7 @@ def test_the_watchdog_points_at_our_line_where_the_user_has_none_inside():
 
 
 def its_threads() -> list[threading.Thread]:
+    gc.collect()  # of iterators that another test has dropped
     return [thread for thread in threading.enumerate() if thread.name == "prefzoo watchdog"]
 
 

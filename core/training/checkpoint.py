@@ -106,7 +106,7 @@ def newest(output: Path, note: Callable[[str], None]) -> Checkpoint | None:
         try:
             return whole(folder)
         except RunError as error:
-            note(f"damaged: {error}; the checkpoint before it is taken.")
+            note(f"damaged: {error}; the checkpoint before it is looked at.")
     return None
 
 

@@ -128,6 +128,7 @@ class Engine:
         self.trained = {role: self._trained(role, modules[role]) for role in stage.trains}
         self.rollouts = rollout_engine(policy, end_ids(tokenizer, policy.model)) if stage.on_policy else None
         self.now = Meter()  # of this step
+        self.mine = Meter()  # what this process has measured of its share since the processes last agreed
         self.window = Meter()  # since the last logging
         self.step = 0  # steps done
         self.place = 0  # optimizer steps done of the step that runs
@@ -139,6 +140,7 @@ class Engine:
         self.roll_back: Callable[[], str] | None = None  # to the last good state; says which it is
         self._epoch_order = (-1, np.zeros(0, dtype=np.int64))
         self.shown_columns: Mapping[str, Sequence[Any]] = {}  # what a reward function wants beside its samples
+        self.agree(None)
         self.mark()
 
     def _trained(self, role: str, module: Policy | Scorer | None) -> Trained:
@@ -160,8 +162,20 @@ class Engine:
 
     # ------------------------------------------------------------------------------------ what a checkpoint holds
 
+    def agree(self, value: Any) -> list[Any]:
+        """The value of every process; with it goes what each has measured of its share, and its random state."""
+        parts = self.processes.gather((value, self.mine.state_dict(), rng_state()))
+        self.mine.clear()
+        for _, measured, _ in parts:
+            part = Meter()
+            part.load_state_dict(measured)
+            self.now.merge(part)
+        self.random = [random for _, _, random in parts]
+        return [value for value, _, _ in parts]
+
     def mark(self) -> None:
-        """The weights belong to this place of the run: what a checkpoint says until the next mark."""
+        """The weights belong to this place of the run, the random state is that of the last agreement: what a
+        checkpoint says until the next mark."""
         self._marked: dict[str, Any] = {
             "step": self.step,
             "place": self.place,
@@ -175,32 +189,29 @@ class Engine:
             "log": self.log.position(),
             "kept": dict(self.kept),
         }
-        self.random = rng_state()
-        self._marked_buffer, self.whole = self.buffer, True
+        self._marked_random, self._marked_buffer, self.whole = self.random, self.buffer, True
 
     @property
     def marked(self) -> tuple[int, int]:
         """Steps done, and optimizer steps of the one that runs, at the last mark."""
         return self._marked["step"], self._marked["place"]
 
-    def state(self, random: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and facts of the last mark; what was begun since then will be done again.
-
-        ``random``: the random state of every process.
-        """
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and facts of the last mark; what was begun since then will be done again."""
         tensors = self._moved()
         for role, trained in self.trained.items():
             for index, values in trained.optimizer.state_dict()["state"].items():
                 tensors |= {f"{role}.optimizer/{index}/{key}": value for key, value in values.items()}
         if self._marked_buffer is not None:
             tensors |= {f"rollouts/{name}": value for name, value in self._marked_buffer.tensors().items()}
-        for rank, (numbers, _) in enumerate(random):
+        for rank, (numbers, _) in enumerate(self._marked_random):
             tensors |= {f"random.{rank}/{name}": value for name, value in numbers.items()}
         kind = None if self._marked_buffer is None else self._marked_buffer.kind
-        return tensors, {**self._marked, "random": [facts for _, facts in random], "rollouts": kind}
+        return tensors, {**self._marked, "random": [facts for _, facts in self._marked_random], "rollouts": kind}
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
+        self.whole = False
         self.go_back(tensors, facts)
         self.step, self.place, self.epoch = facts["step"], facts["place"], facts["epoch"]
         self.bad_in_a_row = facts["bad_in_a_row"]
@@ -214,12 +225,17 @@ class Engine:
         rank = self.processes.rank
         if rank < len(facts["random"]):
             set_rng_state(under(f"random.{rank}", tensors), facts["random"][rank])
+        self.agree(None)
         self.mark()
 
     def go_back(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Weights, optimizers and controllers alone: the run goes on from where it is in the data."""
+        moved = self._moved()
+        for name, value in moved.items():
+            if name not in tensors or tensors[name].shape != value.shape:
+                raise UsageError(f"the checkpoint is of another model: {name} is not in it, or has another shape.")
         with torch.no_grad():
-            for name, value in self._moved().items():
+            for name, value in moved.items():
                 value.copy_(tensors[name])
         for role, trained in self.trained.items():
             state: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -265,7 +281,7 @@ class Engine:
         for name, value in metrics.items():
             if name in TAKEN:
                 raise UsageError(f"log_metric({name!r}, ...): the run has a metric of that name; choose another.")
-            self.now.add(name, value)
+            self.mine.add(name, value, weight=len(samples.completions))
         return scores_B
 
     def _flat(self, samples: Samples, role: Policy | Scorer, forward: Any) -> Tensor:
@@ -307,7 +323,6 @@ class Engine:
             (self._rollout_step if self.stage.on_policy else self._rows_step)(self.step, total)
             self.spent.seconds += time.monotonic() - started
             self.step, self.place, self.buffer = self.step + 1, 0, None
-            self._merge_meters()
             self.log.step(self.step)
             progress = {"epoch": self.epoch, "num_tokens": float(self.spent.trained_tokens)}
             self.window.merge(self.now)
@@ -319,16 +334,6 @@ class Engine:
                 self.window.clear()
                 self.log.metrics(self.step, logged)
             yield self.step, values, logged
-
-    def _merge_meters(self) -> None:
-        """What every process measured of its share."""
-        if self.processes.size > 1:
-            states = self.processes.gather(self.now.state_dict())
-            self.now.clear()
-            for state in states:
-                part = Meter()
-                part.load_state_dict(state)
-                self.now.merge(part)
 
     def _rows_step(self, step: int, total: int) -> None:
         rows = self.config.rows_per_step
@@ -429,7 +434,7 @@ class Engine:
             )
         scores_B = feedback(samples, self)
         self.watchdog.doing(f"waiting for the samples of the other processes for step {self.step + 1}")
-        parts = self.processes.gather((samples, scores_B, self.shown_columns))
+        parts = self.agree((samples, scores_B, self.shown_columns))
         self.shown_columns = {
             name: [value for _, _, columns in parts for value in columns[name]]
             for name in self.shown_columns
@@ -495,7 +500,7 @@ class Engine:
             module.eval()
         try:
             losses = self._evaluate_samples(held_out) if self.stage.on_policy else self._evaluate_rows(held_out)
-            self._merge_meters()
+            self.agree(None)
             return {f"eval/{name}": value for name, value in {**losses, **self.now.means()}.items()}
         finally:
             self.now = training
@@ -556,10 +561,10 @@ class Engine:
                 self._backward(name, part, sizes, shared, losses)
         if self.processes.size > 1:
             self.watchdog.doing(f"waiting for the gradients of the other processes, step {self.step + 1}")
-            parts = self.processes.gather(dict(losses))
-            losses = {k: sum(p.get(k, 0.0) for p in parts) for k in dict.fromkeys(k for p in parts for k in p)}
-            for role in self.trained.values():
-                self.processes.sum_gradients(list(role.parameters.values()))
+        parts, wanted = zip(*self.agree((dict(losses), self.stopping.wanted)), strict=True)
+        losses = {k: sum(p.get(k, 0.0) for p in parts) for k in dict.fromkeys(k for p in parts for k in p)}
+        for role in self.trained.values():
+            self.processes.sum_gradients(list(role.parameters.values()))
         norms = {
             role: nn.utils.get_total_norm([p.grad for p in t.parameters.values() if p.grad is not None])
             for role, t in self.trained.items()
@@ -577,7 +582,8 @@ class Engine:
                 went_back = self._not_finite(reasons, losses, norms, batches, shared)
             self.place, self.buffer = self.place + 1, None if went_back else self.buffer
             self.mark()
-        self.stopping.check(next((w for w in self.processes.gather(self.stopping.wanted) if w is not None), None))
+        # Again: a reward function with a bare except swallows the first.
+        self.stopping.check(next((w for w in wanted if w is not None), None), again=True)
         return not went_back
 
     def _prepare(self, batches: Mapping[str, Samples]) -> tuple[dict[str, Tensor], dict[str, list[np.ndarray]]]:
@@ -638,13 +644,13 @@ class Engine:
                 total = term.counted.total(out.loss, mask_BT, getattr(record, "weight_B", None))
                 losses.append((term, total, out.loss.detach()))
                 for metric, values in out.metrics.items():
-                    self.now.add(metric, values, mask_BT)
+                    self.mine.add(metric, values, mask_BT)
                 if "ratio" in out.metrics:  # one token is enough to spoil a step, and no mean shows it
                     ratio_BT = out.metrics["ratio"]
-                    self.now.extreme("ratio/max", float(ratio_BT.max()))
+                    self.mine.extreme("ratio/max", float(ratio_BT.max()))
                     if self.place == 0:  # 1, unless the sampler's numbers are not the learner's
-                        self.now.extreme("ratio/fresh_max", float(ratio_BT.max()))
-                        self.now.extreme("ratio/fresh_min", float(ratio_BT.min()))
+                        self.mine.extreme("ratio/fresh_max", float(ratio_BT.max()))
+                        self.mine.extreme("ratio/fresh_min", float(ratio_BT.min()))
             yield role, losses
 
     def _forward(self, role: str, module: nn.Module, tree: TreeBatch, terms: list[Term]) -> ModelScores:
@@ -734,7 +740,7 @@ class Engine:
     @torch.no_grad()
     def _row_losses(self, name: str, rows: Samples, shared: Mapping[str, Tensor]) -> Tensor:
         """The loss of every row by itself, on the CPU: all its terms, summed over its tokens."""
-        training, self.now = self.now, Meter()
+        training, self.mine = self.mine, Meter()
         row_losses = torch.zeros(len(rows))
         try:
             for micro in micro_batches(rows, self.config.tokens_per_batch, self.policy.packed):
@@ -744,7 +750,7 @@ class Engine:
                         loss_B = loss.float().reshape(len(micro), -1).sum(1).cpu()
                         row_losses[torch.from_numpy(micro)] += term.weight * loss_B
         finally:
-            self.now = training
+            self.mine = training
         return row_losses
 
     def _ptx_rows(self, rows: int, number: int) -> Samples:

@@ -36,15 +36,15 @@ class Meter:
         self._sums: dict[str, list[float]] = {}
         self._extremes: dict[str, float] = {}
 
-    def add(self, name: str, values: Tensor | float, mask: Tensor | None = None) -> None:
-        """Values of rows (B,) or tokens (B, T); cells outside the mask do not count."""
+    def add(self, name: str, values: Tensor | float, mask: Tensor | None = None, weight: int = 1) -> None:
+        """Values of rows (B,) or tokens (B, T), cells outside the mask do not count; or a mean of so many."""
         if isinstance(values, Tensor):
             values = values.detach().float()
             if mask is not None and values.dim() == 2:
                 values = values[mask]
             total, weight = float(values.sum()), values.numel()
         else:
-            total, weight = float(values), 1
+            total = float(values) * weight
         entry = self._sums.setdefault(name, [0.0, 0.0])
         entry[0] += total
         entry[1] += weight
@@ -134,6 +134,13 @@ class RunLog:
                 os.truncate(file, size)
         self.history = read_log(self.folder / "metrics.jsonl")
 
+    def sync(self) -> None:
+        """To the disk: a checkpoint says how long these files are."""
+        for name in LOGS:
+            if self.folder is not None and (self.folder / name).exists():
+                with (self.folder / name).open("ab") as file:
+                    os.fsync(file.fileno())
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -198,7 +205,7 @@ class RunLog:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(f"{text}\n", end="", file=sys.stderr, flush=True)  # at once, or lines of processes run together
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self.folder is None:

@@ -28,7 +28,7 @@ from prefzoo.registry import RunError, UsageError, suggest
 from prefzoo.training import checkpoint, output, setup
 from prefzoo.training.checkpoint import Checkpoint
 from prefzoo.training.config import TrainConfig
-from prefzoo.training.determinism import deterministic
+from prefzoo.training.determinism import deterministic, rng_state, set_rng_state
 from prefzoo.training.engine import Engine, NonFiniteError, Spent, under
 from prefzoo.training.guards import Watchdog
 from prefzoo.training.metrics import LOGS, RunLog, read_log
@@ -123,7 +123,9 @@ class Steps:
         folder = None if output_dir is None or not main else Path(output_dir)
         self.log = RunLog(folder, chosen.name, quiet=quiet or not main)
         self.stopping = Stopping(immediate=self.processes.size == 1)
-        self.watchdog = Watchdog(settings.stuck_minutes, self.log.say)
+        who = "" if self.processes.size == 1 else f"process {self.processes.rank}: "
+        say = self.log.say  # not self: a thread that knew it would keep a dropped iterator, and its lock, for ever
+        self.watchdog = Watchdog(settings.stuck_minutes, lambda line: say(who + line))
         self.data, self.held_out = setup.read_data(chosen, dataset, eval_dataset, settings)
         self.policy, self.tokenizer = setup.start_model(model, tokenizer, self.data, settings, self.log.note)
         self.policy.to(self.device)
@@ -214,10 +216,14 @@ class Steps:
                 if not (yield from self._stage_steps(number, stage, start)):
                     break
                 start = None
+                if self.folder is not None and number + 1 < len(self.algorithm.stages):
+                    assert self.engine is not None
+                    self._save_checkpoint(self.engine)  # until its first step the next stage has nothing to keep
             self.result = self._finish()
         except GeneratorExit:  # finish(), or the caller dropped the iterator
             raise
-        except BaseException:
+        except BaseException as error:
+            self.processes.tell(error)
             self._interrupted()
             raise
         finally:
@@ -227,16 +233,30 @@ class Steps:
     def _begin(self) -> Checkpoint | None:
         """Make the folder ready: the checkpoint to go on from, or none; the result, if the run is finished already."""
         self.record = describe(self.algorithm, self.settings, self.data, self.held_out, self.facts)
+        different = {d.place: d for mine in self.processes.gather(self.record) for d in differences(self.record, mine)}
+        different = {k: d for k, d in different.items() if d.effect == "result"}
+        if different:
+            raise UsageError(
+                "the processes do not run the same: "
+                + "; ".join(d.words() for d in different.values())
+                + ". Give all of them the same data, model and options."
+            )
         if self.folder is None:
             return None
+        found: Checkpoint | None = None
+        finished = False
         if self.processes.main:
             checkpoint.tidy(self.folder)
-        self.processes.gather(None)  # the others look when it is tidy
-        found = None
-        if self.resume:
-            found = checkpoint.newest(self.folder, self.log.say)
-            if output.is_finished(self.folder) and self._load_finished(found):
-                return None
+            found = checkpoint.newest(self.folder, self.log.say) if self.resume else None
+            finished = self.resume and output.is_finished(self.folder)
+        found, finished = self.processes.gather((found, finished))[0]  # the others do not look while it writes
+        if finished and self._load_finished(found):
+            return None
+        if found is None and checkpoint.found(self.folder):
+            raise RunError(
+                f"every checkpoint in {str(self.folder)!r} is damaged; bring back a whole one, or remove them to begin "
+                "anew."
+            )
         if found is not None:
             rounding = refuse_foreign(self.record, found.facts["record"], self.may_differ, f"checkpoint {found.folder}")
             for difference in rounding:
@@ -248,6 +268,9 @@ class Steps:
             for name in LOGS:  # of a run that left nothing else
                 (self.folder / name).unlink(missing_ok=True)
         if self.processes.main:
+            for folder in checkpoint.found(self.folder):  # damaged ones must not push whole ones out
+                if found is not None and Checkpoint(folder, {}).number > found.number:
+                    checkpoint.remove(folder)
             write_record(self.record | {"finished": False}, self.folder)
         self._began = True
         return found
@@ -300,6 +323,7 @@ class Steps:
             ptx=self.ptx, reward=self.source, anchor=self.anchor, device=self.device, log=self.log,
             processes=self.processes, stopping=self.stopping, watchdog=self.watchdog,
         )  # fmt: skip
+        engine.whole = False  # until the first mark below
         self.engine, self.scorer = engine, engine.scorer
         engine.roll_back = self._roll_back
         self.best, self._waited = None, 0  # stages differ in what they measure
@@ -341,8 +365,7 @@ class Steps:
                 self.watchdog.doing(f"callbacks after step {step}")
                 answers = [call(step, self.policy, logged) for call in self.callbacks]
                 going_on = going_on and not any(answer is True for answer in answers)
-            going_on = all(self.processes.gather(going_on))
-            self._mark(engine, going_on)
+            going_on = self._mark(engine, going_on)
             if self._is_due(step, total):
                 self._save_checkpoint(engine)
             self.watchdog.idle()
@@ -355,9 +378,12 @@ class Steps:
 
     # ------------------------------------------------------------------------------------ checkpoints
 
-    def _mark(self, engine: Engine, going_on: bool) -> None:
+    def _mark(self, engine: Engine, going_on: bool) -> bool:
+        """A step is done; whether every process goes on after it."""
+        going_on = all(engine.agree(going_on))
         engine.kept = {"best": self.best, "waited": self._waited, "good": self._good, "going_on": going_on}
         engine.mark()
+        return going_on
 
     def _is_due(self, step: int, total: int) -> bool:
         """Whether a checkpoint is written after this step. The main process decides: clocks differ."""
@@ -367,16 +393,20 @@ class Steps:
             return step % self.settings.save_steps == 0 or step == total
         return bool(self.processes.gather(time.monotonic() >= self._next_save and step < total)[0])
 
-    def _save_checkpoint(self, engine: Engine, together: bool = True) -> None:
-        """Write the state of the last mark. ``together``: all processes do this now; else this one is alone."""
+    def _save_checkpoint(self, engine: Engine, good: bool = True) -> None:
+        """Write the state of the last mark; every process comes here, and the main one writes.
+
+        ``good``: one to go back to; where those lie must not depend on when a run was stopped.
+        """
         assert self.folder is not None
         number = self._before + engine.marked[0]
         with self.stopping.hold():
             self.watchdog.doing(f"writing checkpoint-{number}")
             started = time.monotonic()
-            random = self.processes.gather(engine.random) if together else [engine.random]
+            if good and self.settings.on_nonfinite == "rollback":
+                self._good = number
             if self.processes.main:
-                tensors, facts = engine.state(random)
+                tensors, facts = engine.state()
                 moved = (n for n, t in tensors.items() if t.is_floating_point() and not n.startswith("rollouts/"))
                 bad = next((name for name in moved if not tensors[name].isfinite().all()), None)
                 if bad is not None:
@@ -384,8 +414,7 @@ class Steps:
                         f"step {number}: {bad} is not finite, an earlier step was too large for it; no checkpoint is "
                         "written over the last good ones. Lower the learning rate."
                     )
-                if self.settings.on_nonfinite == "rollback" and together:
-                    self._good = facts["kept"]["good"] = number
+                facts["kept"]["good"] = self._good
                 about = {"record": self.record, "stage": self.number, "before": self._before,
                          "done": self._done.to_dict(), "engine": facts}  # fmt: skip
                 adapter = self.policy.adapter is not None
@@ -394,9 +423,9 @@ class Steps:
                     if adapter
                     else {f"policy/{n}": n.removeprefix("model.") for n, _ in self.policy.named_parameters()}
                 )
+                self.log.sync()
                 checkpoint.write(self.folder, number, tensors | self._stage_start, about, self._save_model, keys)
                 checkpoint.prune(self.folder, self.settings.save_total_limit, self._good)
-            self._good = self.processes.gather(self._good)[0] if together else self._good
             self._saved = self.number, engine.marked
             cost = time.monotonic() - started
             self._next_save = time.monotonic() + min(cost / SHARE, LONGEST)
@@ -419,11 +448,10 @@ class Steps:
             if self._began and not checkpoint.found(self.folder):
                 (self.folder / RECORD).unlink(missing_ok=True)
             return
-        assert engine is not None
-        where = f"after step {engine.marked[0]} of {engine.total_steps}"
+        where = "between two stages" if engine is None else f"after step {engine.marked[0]} of {engine.total_steps}"
         try:
-            if engine.whole and self._saved != (self.number, engine.marked):
-                self._save_checkpoint(engine, together=False)
+            if engine is not None and engine.whole and self._saved != (self.number, engine.marked):
+                self._save_checkpoint(engine, good=False)
         except RunError as error:
             self.log.say(str(error))
         last = checkpoint.found(self.folder)[-1:]
@@ -434,7 +462,7 @@ class Steps:
 
     def _tidy_up(self) -> None:
         """Checkpoints that nobody asked for go when the run is finished."""
-        if self.folder is not None and self.settings.save_steps is None:
+        if self.folder is not None and self.processes.main and self.settings.save_steps is None:
             checkpoint.prune(self.folder, 0)
 
     def _evaluate(self, engine: Engine, held_out: Samples, step: int) -> dict[str, float]:
@@ -494,15 +522,19 @@ class Steps:
         module = self.scorer or self.policy
         if not all(bool(torch.isfinite(p).all()) for p in module.parameters() if p.requires_grad):
             self.log.say("the weights are not finite: an earlier step was too large for them. Lower the learning rate.")
-        with checkpoint.replacing(self.folder / name) as aside:
+        with self.stopping.hold(), checkpoint.replacing(self.folder / name) as aside:
             self._save_model(aside, merge=self.settings.merge)
         return self.folder / name
 
     def _save_model(self, folder: Path, merge: bool = False) -> None:
-        if self.scorer is not None:
-            save_scorer(self.scorer, self.tokenizer, folder, note=self.log.note)
-        else:
-            save_policy(self.policy, self.tokenizer, folder, merge=merge)
+        random = rng_state()  # how often a run writes is no part of it, and a new head is drawn before it is filled
+        try:
+            if self.scorer is not None:
+                save_scorer(self.scorer, self.tokenizer, folder, note=self.log.note)
+            else:
+                save_policy(self.policy, self.tokenizer, folder, merge=merge)
+        finally:
+            set_rng_state(*random)
 
 
 def steps(algorithm: str | Algorithm, **arguments: Any) -> Steps:

@@ -22,15 +22,18 @@ class Stopping:
     """A context manager: inside it, SIGTERM and Ctrl-C raise :class:`Stopped`, but never in a section that is held.
 
     ``immediate=False`` (several processes, which must stop together): only :attr:`wanted` is set, and who runs the
-    loop asks for it. A second Ctrl-C raises KeyboardInterrupt wherever it comes. Outside the main thread, or where
-    signals are ignored (nohup, workers of a suite), nothing is installed.
+    loop asks for it; if that takes longer than ``PATIENCE`` seconds, it is raised after all: this process may hang, and
+    launchers kill what has not ended after 30. A second Ctrl-C raises KeyboardInterrupt wherever it comes. Outside the
+    main thread, or where signals are ignored (nohup, workers of a suite), nothing is installed.
     """
+
+    PATIENCE = 15.0
 
     def __init__(self, immediate: bool = True) -> None:
         self.immediate = immediate
         self.wanted: int | None = None
         self.held = 0
-        self._raised = False
+        self._raised = self._overdue = False
         self._depth = 0
         self._before: dict[int, Any] = {}
 
@@ -62,17 +65,28 @@ class Stopping:
         if self.immediate:
             self.check(self.wanted)
 
-    def check(self, wanted: int | None) -> None:
-        """Raise if somebody asked to stop; once, or the checkpoint that follows could not be written."""
-        if wanted is not None and not self.held and not self._raised:
+    def check(self, wanted: int | None, again: bool = False) -> None:
+        """Raise if somebody asked to stop; once, or the checkpoint that follows could not be written, or ``again``."""
+        if wanted is not None and not self.held and (again or not self._raised):
             self.wanted, self._raised = wanted, True
             raise Stopped(wanted)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._overdue:
+            return self.check(self.wanted)
         if self.wanted is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
         self.wanted = number
         if self.immediate:
-            self.check(number)
+            return self.check(number)
+        timer = threading.Timer(self.PATIENCE, self._again, [number])
+        timer.daemon = True
+        timer.start()
+
+    def _again(self, number: int) -> None:
+        """Wake the main thread, whatever system call it waits in."""
+        if self._depth > 0 and not self._raised and (thread := threading.main_thread().ident) is not None:
+            self._overdue = True
+            signal.pthread_kill(thread, number)
