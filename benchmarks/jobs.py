@@ -194,14 +194,6 @@ def _finished(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A name to write to; it takes the file's place when it is whole, so that a killed process leaves no half file."""
-    aside = file.with_name(f".{file.name}.part")
-    yield aside
-    os.replace(aside, file)
-
-
 def _lock_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefzoo.benchmarks.jobs import replacing
+from prefzoo.files import replacing_file
 from prefzoo.registry import UsageError
 
 Result = Mapping[str, Any]
@@ -26,7 +26,7 @@ def report(folder: str | Path) -> str:
 def write_report(folder: Path) -> str:
     """Write ``report.md`` and ``report.png`` beside ``results.json``; returns the terminal's table."""
     results = json.loads((folder / "results.json").read_text())
-    with replacing(folder / "report.md") as aside:
+    with replacing_file(folder / "report.md") as aside:
         aside.write_text(markdown(results), encoding="utf-8")
     draw(results, folder / "report.png")
     return terminal(results) + f"\nreport: {folder / 'report.md'}\n"
@@ -191,7 +191,7 @@ def draw(results: Result, path: Path) -> None:
             _draw_curves(row[2], task)
     stamp = "this run only (one seed)" if results["this_run_only"] else f"{results['seeds']} seeds"
     figure.suptitle(f"prefzoo bench {results['suite']} – {stamp}", fontsize=11)
-    with replacing(path) as aside:
+    with replacing_file(path) as aside:
         figure.savefig(aside, dpi=130, format="png")
     plt.close(figure)
 

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefzoo.benchmarks import statistics
-from prefzoo.benchmarks.jobs import Outcome, replacing
+from prefzoo.benchmarks.jobs import Outcome
 from prefzoo.benchmarks.runner import Plan
 from prefzoo.benchmarks.suites import Suite, Task
+from prefzoo.files import replacing_file
 
 REPORTED = (
     "gold", "exact", "judge", "proxy", "kl", "tokens", "finished", "flattery", "items", "order", "tone", "worked",
@@ -90,7 +91,7 @@ def collect(suite: Suite, plan: Plan, outcomes: Mapping[str, Outcome], folder: P
             table = pq.read_table(outcome.folder / "rows.parquet")
             tables.append(table.append_column("task", pa.array([task.name] * len(table))))
     if tables:
-        with replacing(folder / "rows.parquet") as aside:
+        with replacing_file(folder / "rows.parquet") as aside:
             pq.write_table(pa.concat_tables(tables, promote_options="default"), aside)
     else:  # the rows of an earlier call do not belong to these results
         (folder / "rows.parquet").unlink(missing_ok=True)

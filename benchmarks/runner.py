@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from prefzoo.algorithm import create_algorithm
-from prefzoo.benchmarks.jobs import Job, Outcome, replacing, run_jobs
+from prefzoo.benchmarks.jobs import Job, Outcome, run_jobs
 from prefzoo.benchmarks.suites import Method, Suite, Task, get_suite
+from prefzoo.files import replacing_file
 from prefzoo.locks import locked
 from prefzoo.parts.feedback import Verifier
 from prefzoo.plugins import import_file
@@ -216,7 +217,7 @@ def _run(suite: Suite, folder: Path, imports: Sequence[Path], workers: int, quie
         **{p: version(p) for p in ("prefzoo", "torch", "transformers", "numpy", "scipy")},
     }
     results["wall_seconds"] = time.monotonic() - started
-    with replacing(folder / "results.json") as aside:
+    with replacing_file(folder / "results.json") as aside:
         aside.write_text(json.dumps(results, indent=1) + "\n")
     text = write_report(folder)
     if not quiet:

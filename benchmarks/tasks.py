@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import torch
 
 from prefzoo.algorithm import create_algorithm
-from prefzoo.benchmarks.jobs import replacing
 from prefzoo.data.formats import convert, load_dataset
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.data.tokens import tokenise
 from prefzoo.feedback import ModelReward, resolve_reward
 from prefzoo.feedback.verifiers import KEYWORDS
+from prefzoo.files import replacing_file
 from prefzoo.generation import sample, texts
 from prefzoo.models.load import learn_tokenizer, load_policy, load_scorer, load_tokenizer, save_scorer, tiny_model
 from prefzoo.models.reference import token_scores
@@ -344,14 +344,14 @@ class Curve:
         file = self._pieces / f"{step:06}.parquet"
         if not file.exists() and not self._whole.exists():
             self._pieces.mkdir(exist_ok=True)
-            with replacing(file) as aside:
+            with replacing_file(file) as aside:
                 pq.write_table(self._point(step, policy), aside)
 
     def gather(self) -> None:
         """All points in one file."""
         if not self._whole.exists():
             points = [pq.read_table(f) for f in sorted(self._pieces.glob("[0-9]*.parquet"))]
-            with replacing(self._whole) as aside:
+            with replacing_file(self._whole) as aside:
                 pq.write_table(pa.concat_tables(points), aside)
         shutil.rmtree(self._pieces, ignore_errors=True)
 

@@ -98,8 +98,6 @@ def read_all(
     if "reward" in merged:
         rewards = [import_function(r) if names_function(r) else r for r in listed(merged["reward"])]
         merged["reward"] = rewards[0] if len(rewards) == 1 else rewards
-    if isinstance(merged.get("may_differ"), str):
-        merged["may_differ"] = [word.strip() for word in merged["may_differ"].split(",")]
     if isinstance(merged.get("columns"), str):
         merged["columns"] = read_columns(merged["columns"])
     for key in ("dataset", "eval_dataset"):

@@ -193,7 +193,7 @@ async def later_fails(completions: list[str], **_: Any) -> list[float]:
 
 
 def finished(h: Here) -> Path:
-    h.file("old/run.json", "{}")
+    h.file("old/run.json", '{"finished": true, "config": {}, "data": {}, "composition": ""}')
     h.file("old/final/model.safetensors", "weights")
     h.file("old/metrics.jsonl", "{}")
     return h.folder / "old"
@@ -462,6 +462,11 @@ case("a metric that is taken", lambda h: h.reward(lambda completions, log_metric
 # Folders, and numbers that run away.
 
 case("a folder of another run", lambda h: h.train(output_dir=finished(h)), "holds another run", "new folder")
+case("a folder with a run.json of one's own", lambda h: h.train(output_dir=Path(h.file("own/run.json", "{}")).parent),
+     "run.json", "not written by a run", "new folder")
+case("a folder with checkpoints of another library",
+     lambda h: h.train(output_dir=Path(h.file("hf/checkpoint-5/trainer_state.json", "{}")).parent.parent),
+     "checkpoint-5", "not written by us", "new folder")
 case("a folder that is a file", lambda h: h.train(output_dir=h.file("out", "mine")), "is a file", "another name")
 case("a folder in a file", lambda h: h.train(output_dir=h.file("mine", "mine") + "/run"), "mine/run", "cannot be")
 case("a folder that holds the user's own",

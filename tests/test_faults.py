@@ -163,7 +163,8 @@ def test_a_full_disk_is_told_and_after_making_room_the_run_goes_on(moment, disk,
             fill(disk)
 
     words = {"checkpoint": "checkpoint-8 could", "metrics": "metrics.jsonl could|checkpoint", "result": "result could"}
-    with pytest.raises(RunError, match=rf"({words[moment]}).*disk is full.*checkpoint-{good} is whole: make room"):
+    cure = f"make room, and go on from checkpoint-{good} with resume"
+    with pytest.raises(RunError, match=rf"({words[moment]}).*disk is full.*{cure}"):
         prefzoo.train("dpo", output_dir=disk / "run", callback=full, **RUN | options)
     assert halves(disk / "run") == []
     assert checkpoint.whole(checkpoint.found(disk / "run")[-1].absolute()).number == good
@@ -425,14 +426,19 @@ def test_a_signal_inside_a_rollout_step_keeps_its_samples(number, place, tmp_pat
 
 
 def test_a_reward_that_catches_everything_does_not_keep_a_run_from_ending(tmp_path):
-    def careless(completions, **_):
+    """And what it gave after the signal is not trained on."""
+    steps: list[int] = []
+
+    def careless(completions, trainer_state, **_):
+        steps.append(trainer_state.global_step)
         with contextlib.suppress(BaseException):
-            raise_signal()
+            if steps[-1] == 2:
+                raise_signal()
         return [float(len(c)) for c in completions]
 
     with pytest.raises(Stopped):
         prefzoo.train("grpo", output_dir=tmp_path / "run", **SAMPLED | {"reward": careless})
-    assert [f.name for f in checkpoint.found(tmp_path / "run")] == ["checkpoint-0"]
+    assert [f.name for f in checkpoint.found(tmp_path / "run")][-1] == "checkpoint-2" and steps[-1] == 2
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

@@ -314,7 +314,7 @@ def post_mortem(file: Path, batch: Samples, row_losses: torch.Tensor | None = No
 
 
 def test_the_post_mortem_is_strict_json_with_the_batch_decoded_and_culprits_first(tmp_path):
-    file = tmp_path / "new" / "nonfinite-57.json"
+    file = tmp_path / "post-mortem-57.json"
     batch = spoiled(rows(), 3, 1, -INF)
     assert post_mortem(file, batch, torch.tensor([0.5, NAN])) == file
     assert [p.name for p in file.parent.iterdir()] == [file.name]  # nothing beside it

@@ -28,7 +28,7 @@ from prefzoo.losses import create_loss
 from prefzoo.models.load import learn_tokenizer, load_policy, save_policy, tiny_model
 from prefzoo.parts.source import DatasetRows
 from prefzoo.plugins import import_function
-from prefzoo.registry import UsageError
+from prefzoo.registry import RunError, UsageError
 from prefzoo.training import record as records
 from prefzoo.training.config import TrainConfig
 from prefzoo.training.determinism import deterministic, rng_state, set_rng_state
@@ -79,8 +79,8 @@ def test_a_function_among_the_options_is_recorded_by_its_content():
 
 def test_a_record_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     write_record({"a": 1}, tmp_path)
-    monkeypatch.setattr(records.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UsageError, match=r"run\.json cannot be written: No space left"):
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(RunError, match=r"run\.json could not be written .*the disk is full.*make room"):
         write_record({"a": 2}, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
     assert json.loads((tmp_path / "run.json").read_text()) == {"a": 1}

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from prefzoo.training.record import hardware, versions
 SMALL = {"0.8M": (96, 4, 4), "10M": (320, 8, 8)}
 FULL = {"0.5B": (1024, 24, 16), "1.5B": (1536, 28, 12)}
 GUARDS: tuple[tuple[Any, str], ...] = (
-    (engine.Engine, "mark"), (engine, "not_finite"), (Monitor, "watch"), (Watchdog, "doing"),
+    (engine.Engine, "agree"), (engine.Engine, "mark"), (engine, "not_finite"), (Monitor, "watch"), (Watchdog, "doing"),
 )  # fmt: skip
 WARM = 3
 
@@ -60,30 +60,30 @@ def measure(algorithm: str, size: str, shape: tuple[int, int, int], steps: int, 
         "output_dir": folder / "run", "logging_steps": 1, "device": device, "quiet": True, "learning_rate": 1e-5,
     }  # fmt: skip
     try:
-        targets = (*GUARDS, (checkpoint, "write"), (run.Steps, "_begin"))
+        targets = (*GUARDS, (run.Steps, "_save_checkpoint"), (run.Steps, "_begin"))
         with timed(targets, spent):
-            for step in timed_steps(prefzoo.steps(algorithm, **arguments, **options), spent):
-                if step.number == steps // 2:
-                    break
+            first = prefzoo.steps(algorithm, **arguments, **options)
+            with first:
+                timed_steps(first, spent, steps // 2)
             resumed = prefzoo.steps(algorithm, **arguments, **options, resume=True)
-            for _ in timed_steps(resumed, spent):
-                pass
+            with resumed:
+                timed_steps(resumed, spent, steps)
         size_on_disk = sum(f.stat().st_size for f in checkpoint.found(folder / "run")[-1].rglob("*"))
     finally:
         shutil.rmtree(folder)
-    step = statistics.median(spent["step"])
-    per_step = {name: sum(spent[name]) / len(spent["step"]) for _, name in GUARDS}
+    seconds, writing = statistics.median(spent["step"]), statistics.median(spent["_save_checkpoint"])
+    guards = {name: sum(spent[name]) / steps for _, name in GUARDS}
     return {
         "algorithm": algorithm,
         "size": size,
         "weights": sum(p.numel() for p in model.parameters()),
         "device": device,
         "steps": len(spent["step"]),
-        "seconds_per_step": step,
-        "guards_seconds_per_step": per_step,
-        "guards_share_of_a_step": sum(per_step.values()) / step,
-        "checkpoint_seconds": statistics.median(spent["write"]),
-        "checkpoint_in_steps": statistics.median(spent["write"]) / step,
+        "seconds_per_step": seconds,
+        "guards_seconds_per_step": guards,
+        "guards_share_of_a_step": sum(guards.values()) / seconds,
+        "checkpoint_seconds": writing,
+        "checkpoint_in_steps": writing / seconds,
         "checkpoint_bytes": size_on_disk,
         "begin_seconds": spent["_begin"],  # of the new run, and of the resumed one: record, checksums
         "versions": versions(),
@@ -122,19 +122,16 @@ class timed:
         return call
 
 
-def timed_steps(steps: run.Steps, spent: Mapping[str, list[float]]) -> Iterator[run.Step]:
-    """The steps, each without what checkpoints took; the first ones warm up."""
-    with steps:
-        while True:
-            started, written = time.perf_counter(), sum(spent["write"])
-            step = next(steps, None)
-            if step is None:
-                return
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if step.number % 10 >= WARM:
-                spent["step"].append(time.perf_counter() - started - (sum(spent["write"]) - written))
-            yield step
+def timed_steps(steps: run.Steps, spent: Mapping[str, list[float]], last: int) -> None:
+    """Take steps up to the last one, each timed without what checkpoints took; some warm up."""
+    number = 0
+    while number < last:
+        started, written = time.perf_counter(), sum(spent["_save_checkpoint"])
+        number = next(steps).number
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if number % 10 >= WARM:
+            spent["step"].append(time.perf_counter() - started - (sum(spent["_save_checkpoint"]) - written))
 
 
 def main() -> None:

@@ -6,8 +6,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefzoo.data.samples import Ragged, Samples
+from prefzoo.files import replacing_file
 from prefzoo.models.roles import Policy, Scores, is_adapter
 from prefzoo.models.tree import TreeBatch, packed
 from prefzoo.processes import ALONE, Processes
@@ -122,10 +121,8 @@ def cached_logps(
     if not processes.main:
         return logps_C
     cache.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=cache, suffix=".safetensors")
-    os.close(handle)
-    save_file({"logps": logps_C}, aside)
-    os.replace(aside, file)  # a killed run leaves no half file under the final name
+    with replacing_file(file, shared=True) as aside:  # a killed run leaves no half file under the final name
+        save_file({"logps": logps_C}, aside)
     return logps_C
 
 
@@ -137,8 +134,13 @@ def weights_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(as_bytes(value.detach().cpu()).numpy().data)
     return digest.hexdigest()[:20]
+
+
+def as_bytes(value: Tensor) -> Tensor:
+    """The bytes of a tensor, whatever its strides."""
+    return value.reshape(-1).contiguous().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _plain_name(name: str) -> str:

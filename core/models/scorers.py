@@ -79,7 +79,7 @@ def critic_of(reward_model: Scorer, adapter: Adapter | None = None) -> Scorer:
     head = critic.head
     with torch.no_grad():
         if head.bias is None:
-            head.bias = nn.Parameter(torch.zeros_like(head.weight[:, 0]))
+            head.bias = nn.Parameter(torch.zeros(1, dtype=head.weight.dtype, device=head.weight.device))
         head.weight /= critic.scale
         head.bias.sub_(critic.offset).div_(critic.scale)
         critic.offset.zero_()

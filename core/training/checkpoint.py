@@ -24,10 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prefzoo.files import replacing_folder, sync
+from prefzoo.models.reference import as_bytes
 from prefzoo.registry import RunError
 
 STATE, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_ASIDE = re.compile(r"\.(checkpoint-\d+|final|best|run\.json|post-mortem-\d+\.json)(\.\w+)?\.(old|gone|part)")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def write(
         keys: what the model's files call a tensor, where they may hold it.
     """
     folder = output / f"checkpoint-{number}"
-    with told(f"{folder.name} could not be written to {str(output)!r}", output), replacing(folder) as aside:
+    with told(f"{folder.name} could not be written to {str(output)!r}", output), replacing_folder(folder) as aside:
         save_model(aside)
         own = {name: value.detach().cpu() for name, value in tensors.items()}
         held = _held(aside, own, keys)
@@ -112,8 +115,20 @@ def newest(output: Path, note: Callable[[str], None]) -> Checkpoint | None:
 
 def found(output: Path) -> list[Path]:
     """Folders of checkpoints, the oldest first."""
-    folders = [f for f in output.glob("checkpoint-*") if _NAME.fullmatch(f.name) and f.is_dir()]
-    return sorted(folders, key=_number)
+    return sorted((f for f in _named(output) if _is_ours(f)), key=_number)
+
+
+def foreign(output: Path) -> list[Path]:
+    """Folders that have the name of a checkpoint and were written by another program."""
+    return [f for f in _named(output) if not _is_ours(f)]
+
+
+def _named(output: Path) -> list[Path]:
+    return [f for f in output.glob("checkpoint-*") if _NAME.fullmatch(f.name) and f.is_dir()]
+
+
+def _is_ours(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (STATE, FACTS, MANIFEST)) or not any(folder.iterdir())
 
 
 def prune(output: Path, keep: int, protected: int | None = None) -> None:
@@ -131,35 +146,16 @@ def remove(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of another when it is whole: a killed run leaves no half of one."""
-    aside, old = _beside(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        sync(aside)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
-        raise
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    _sync_one(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def tidy(output: Path) -> None:
     """Finish what a killed process left half done: a folder that was being replaced comes back, the rest goes."""
-    for old in output.glob(".*.old"):
-        folder = output / old.name[1 : -len(".old")]
-        if not folder.exists():
-            os.replace(old, folder)
-    for pattern in (".*.old", ".*.gone", ".*.part"):
-        for left in output.glob(pattern):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    for left in [f for f in output.iterdir() if _ASIDE.fullmatch(f.name)]:  # other hidden files are the user's
+        name, _, kind = left.name[1:].rpartition(".")
+        if kind == "old" and not (output / name).exists():
+            os.replace(left, output / name)
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -179,23 +175,15 @@ def told(what: str, output: Path) -> Iterator[None]:
         else:
             why, cure = str(getattr(error, "strerror", None) or error), "mend that"
         last = [f.name for f in found(output)][-1:]
-        go_on = f"; {last[0]} is whole: {cure}, and go on from it with resume" if last else f"; {cure}"
+        go_on = f"; {cure}, and go on from {last[0]} with resume" if last else f"; {cure}"
         raise RunError(f"{what}: {why}{go_on}.") from error
-
-
-def sync(folder: Path) -> None:
-    """Everything in a folder to the disk, and out of memory, so that what is read again comes from there."""
-    for path in folder.rglob("*"):
-        _sync_one(path)
-    _sync_one(folder)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same, NaN and signs of zero included."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    flat = lambda t: t.contiguous().view(-1).view(torch.uint8)  # noqa: E731
-    return a.numel() == 0 or torch.equal(flat(a), flat(b))
+    return torch.equal(as_bytes(a), as_bytes(b))
 
 
 def _held(folder: Path, tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> dict[str, list[str]]:
@@ -213,22 +201,6 @@ def _held(folder: Path, tensors: Mapping[str, Tensor], keys: Mapping[str, str]) 
 def _facts_of(file: Path) -> dict[str, Any]:
     with file.open("rb") as opened:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-
-
-def _sync_one(path: Path) -> None:
-    if os.name == "nt":  # cannot open folders
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-        if path.is_file() and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(handle)
-
-
-def _beside(folder: Path) -> tuple[Path, Path]:
-    return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
 
 
 def _number(folder: Path) -> int:

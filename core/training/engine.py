@@ -277,6 +277,8 @@ class Engine:
         self.watchdog.doing(f"reward {self.reward.name!r} for step {self.step + 1}")
         self.reward.begin(SimpleNamespace(global_step=self.step, max_steps=self.total_steps, epoch=self.epoch))
         scores_B = self.reward(samples)
+        if self.stopping.immediate:  # a bare except in it may have swallowed the signal, and given anything
+            self.stopping.check(self.stopping.wanted)
         metrics, self.shown_columns = self.reward.drain()
         for name, value in metrics.items():
             if name in TAKEN:
@@ -582,8 +584,7 @@ class Engine:
                 went_back = self._not_finite(reasons, losses, norms, batches, shared)
             self.place, self.buffer = self.place + 1, None if went_back else self.buffer
             self.mark()
-        # Again: a reward function with a bare except swallows the first.
-        self.stopping.check(next((w for w in wanted if w is not None), None), again=True)
+        self.stopping.check(next((w for w in wanted if w is not None), None))
         return not went_back
 
     def _prepare(self, batches: Mapping[str, Samples]) -> tuple[dict[str, Tensor], dict[str, list[np.ndarray]]]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from prefzoo.data.samples import Samples
+from prefzoo.files import replacing_file
 
 # ------------------------------------------------------------------------------------------------ the watchdog
 
@@ -394,28 +395,15 @@ def write_post_mortem(
             },
             "batches": {name: _batch(rows, row_losses.get(name), tokenizer) for name, rows in batches.items()},
         }
-        _write(file, json.dumps(_plain(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(_plain(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        with replacing_file(file) as aside:
+            aside.write_bytes(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair becomes its escape
     except Exception as error:
         with contextlib.suppress(Exception):
             said = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
             say(f"no post-mortem written to {str(file)!r}: {said}.")
         return None
     return file
-
-
-def _write(file: Path, text: str) -> None:
-    aside = file.with_name(f".{file.name}.part")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with aside.open("wb") as out:
-            out.write(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair becomes JSON's escape of it
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(aside, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
 
 
 def _batch(rows: Samples, losses: Tensor | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

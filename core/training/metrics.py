@@ -15,7 +15,8 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import Tensor
 
-from prefzoo.registry import RunError, UsageError
+from prefzoo.files import sync_one
+from prefzoo.registry import UsageError
 from prefzoo.training.checkpoint import told
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -128,18 +129,19 @@ class RunLog:
         self._sizes = dict(position["bytes"])
         for name, size in self._sizes.items():
             file = self.folder / name
-            if size > (file.stat().st_size if file.exists() else 0):
-                raise RunError(f"{file} is shorter than when the checkpoint was written; the run cannot go on.")
-            if file.exists():
+            there = file.stat().st_size if file.exists() else 0
+            if there > size:
                 os.truncate(file, size)
+            elif there < size:  # removed by hand: no reason to lose the weights
+                self.say(f"{file} is shorter than when the checkpoint was written; its missing lines stay missing.")
+                self._sizes[name] = there
         self.history = read_log(self.folder / "metrics.jsonl")
 
     def sync(self) -> None:
         """To the disk: a checkpoint says how long these files are."""
-        for name in LOGS:
-            if self.folder is not None and (self.folder / name).exists():
-                with (self.folder / name).open("ab") as file:
-                    os.fsync(file.fileno())
+        for name, size in self._sizes.items():
+            if self.folder is not None and size:
+                sync_one(self.folder / name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

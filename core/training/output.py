@@ -27,15 +27,32 @@ def check_folder(output_dir: str | Path | None, resume: bool) -> None:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output folder {str(folder)!r} is a file; choose another name.")
-    if resume and ((folder / RECORD).exists() or checkpoint.found(folder)):
+    others = checkpoint.foreign(folder)
+    if others:
+        raise UsageError(
+            f"output folder {str(folder)!r}: {others[0].name} in it was not written by us and could be lost; choose "
+            "a new folder."
+        )
+    record, begun = read_record(folder), bool(checkpoint.found(folder))
+    if record is None and (folder / RECORD).exists():
+        raise UsageError(
+            f"output folder {str(folder)!r}: {RECORD} in it was not written by a run, and would be lost; choose a new "
+            "folder."
+        )
+    if resume and (record is not None or begun):
+        if record is not None and record.get("finished") and not (folder / "final").is_dir():
+            raise UsageError(
+                f"the run in {str(folder)!r} is finished, but its final/ is not there: bring it back, or choose a new "
+                "folder."
+            )
         return
-    if any((folder / name).exists() for name in MODELS) or is_finished(folder):
-        raise UsageError(f"output folder {str(folder)!r} holds another run; choose a new folder or remove it.")
-    if checkpoint.found(folder):
+    if begun or (record is not None and not record.get("finished") and (folder / "best").exists()):
         raise UsageError(
             f"output folder {str(folder)!r} holds another run, which has not come to its end; go on with it "
             "(resume=True, --resume), choose a new folder or remove it."
         )
+    if any((folder / name).exists() for name in MODELS):
+        raise UsageError(f"output folder {str(folder)!r} holds another run; choose a new folder or remove it.")
     for name in LOGS:
         if (folder / name).exists() and not _is_log(folder / name):
             raise UsageError(
@@ -44,13 +61,14 @@ def check_folder(output_dir: str | Path | None, resume: bool) -> None:
             )
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a run came to its end here."""
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record that a run has left in its folder; None: there is none, or it is somebody else's."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return bool(record.get("finished", "spent" in record)) and (folder / "final").is_dir()
-    except (OSError, ValueError, AttributeError):
-        return False
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(record, dict) and {"config", "data", "composition"} <= record.keys()
+    return {"finished": "spent" in record, **record} if ours else None
 
 
 def _is_log(file: Path) -> bool:

@@ -27,9 +27,11 @@ import prefzoo
 from prefzoo.algorithm import Algorithm
 from prefzoo.data.formats import Dataset
 from prefzoo.feedback.rewards import FunctionReward, RewardSource, SumReward
+from prefzoo.files import replacing_file
 from prefzoo.models.reference import weights_hash
 from prefzoo.registry import UsageError, suggest
 from prefzoo.source import layer_hash
+from prefzoo.training.checkpoint import told
 from prefzoo.training.config import TrainConfig
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy", "safetensors")
@@ -108,6 +110,7 @@ def hardware(device: str | None = None) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": cores,
         "threads": torch.get_num_threads(),
+        "float32_products": torch.get_float32_matmul_precision(),
         "memory_gib": None if memory is None else round(memory, 1),
         "gpus": gpus,
         "cuda": torch.version.cuda if cuda else None,
@@ -146,16 +149,8 @@ def _without_addresses(text: str) -> str:
 
 def write_record(record: Mapping[str, Any], folder: Path) -> None:
     """``run.json``: the old one or the new one is there, whole, whenever the process or the machine dies."""
-    aside = folder / f".{RECORD}.part"
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(record, indent=2, default=str) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, folder / RECORD)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UsageError(f"{folder / RECORD} cannot be written: {error.strerror}.") from error
+    with told(f"{RECORD} could not be written to {str(folder)!r}", folder), replacing_file(folder / RECORD) as aside:
+        aside.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------- fingerprints

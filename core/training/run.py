@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefzoo.algorithm import Algorithm, Stage
 from prefzoo.data.samples import Samples
+from prefzoo.files import replacing_folder
 from prefzoo.locks import locked
 from prefzoo.models.folders import run_model
 from prefzoo.models.load import load_policy, load_scorer, load_tokenizer, save_policy, save_scorer, set_checkpointing
@@ -39,6 +39,7 @@ Callback = Callable[[int, Policy, dict[str, float]], Any]
 
 # Checkpoints that nobody asked for: the first after a minute, then so that they cost this share of the time.
 FIRST_SAVE, SHARE, LONGEST = 60.0, 0.01, 1800.0
+LONGER = ("config.max_steps", "config.epochs", "config.patience")  # what makes more of a run that is finished
 
 
 @dataclass
@@ -112,7 +113,8 @@ class Steps:
         if settings.on_nonfinite == "rollback" and (output_dir is None or settings.save_steps is None):
             raise UsageError("on_nonfinite='rollback' needs checkpoints to go back to: give output_dir and save_steps.")
         self.resume = resume
-        self.may_differ = (may_differ,) if isinstance(may_differ, str) else tuple(may_differ)
+        words = may_differ.split(",") if isinstance(may_differ, str) else may_differ
+        self.may_differ = tuple(word.strip() for word in words)
         if self.may_differ and not resume:
             raise UsageError("may_differ has no effect without resume=True; leave it out.")
         output.check_folder(output_dir, resume)
@@ -175,8 +177,7 @@ class Steps:
         self._closing = True
         self._steps.close()
         with self._open:
-            if error is not None:
-                self._interrupted()
+            self._interrupted()
 
     def finish(self) -> Run:
         """End the run here: what is trained so far is the result, written to ``output_dir``."""
@@ -241,16 +242,17 @@ class Steps:
                 + "; ".join(d.words() for d in different.values())
                 + ". Give all of them the same data, model and options."
             )
+        refuse_foreign(self.record, self.record, self.may_differ, "this run")  # finds words that name nothing
         if self.folder is None:
             return None
-        found: Checkpoint | None = None
-        finished = False
+        found, record = None, None
         if self.processes.main:
             checkpoint.tidy(self.folder)
             found = checkpoint.newest(self.folder, self.log.say) if self.resume else None
-            finished = self.resume and output.is_finished(self.folder)
-        found, finished = self.processes.gather((found, finished))[0]  # the others do not look while it writes
-        if finished and self._load_finished(found):
+            record = output.read_record(self.folder) if self.resume else None
+        found, record = self.processes.gather((found, record))[0]  # the others do not look while it writes
+        if record is not None and record["finished"] and not self._asks_for_more(record, found):
+            self.result = self._finished(record)
             return None
         if found is None and checkpoint.found(self.folder):
             raise RunError(
@@ -264,44 +266,59 @@ class Steps:
                     f"note: the last digits may differ from a run that was never stopped: {difference.words()}"
                 )
             self.log.note(f"going on from {found.folder}.")
-        elif self.processes.main:
-            for name in LOGS:  # of a run that left nothing else
-                (self.folder / name).unlink(missing_ok=True)
-        if self.processes.main:
-            for folder in checkpoint.found(self.folder):  # damaged ones must not push whole ones out
-                if found is not None and Checkpoint(folder, {}).number > found.number:
-                    checkpoint.remove(folder)
-            write_record(self.record | {"finished": False}, self.folder)
-        self._began = True
+        elif record is not None:
+            self.log.note(f"there is no checkpoint in {self.folder}; the run begins anew.")
         return found
 
-    def _load_finished(self, found: Checkpoint | None) -> bool:
-        """Whether the run in the folder is finished and this one asks for nothing more; then it is the result."""
+    def _asks_for_more(self, record: Mapping[str, Any], found: Checkpoint | None) -> bool:
+        """Whether this run is the finished one of the folder, but longer."""
+        changed = [d for d in differences(self.record, record) if d.effect == "result"]
+        longer = [d for d in changed if d.place in LONGER]
+        others = [
+            d for d in changed if d not in longer and d.place.partition(".")[0] not in ("versions", "layer", "sources")
+        ]
+        if others:
+            lines = "".join(f"\n  {d.words()}" for d in others)
+            raise UsageError(
+                f"the run in {str(self.folder)!r} is finished, and another than this (here: this run; there: that one):"
+                f"{lines}\nChoose a new output folder, or take the change back."
+            )
+        refuse_foreign(self.record, record, self.may_differ, f"the finished run in {self.folder}")
+        if longer and found is None:
+            raise UsageError(
+                f"the run in {str(self.folder)!r} is finished and has kept no checkpoint to go on from (save_steps); "
+                f"train its model further as a new run: model={str(self.folder)!r}."
+            )
+        return bool(longer)
+
+    def _finished(self, record: Mapping[str, Any]) -> Run:
+        """What a run left that is finished."""
         assert self.folder is not None
-        theirs = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-        refuse_foreign(self.record, theirs, self.may_differ, f"the finished run in {self.folder}")
-        if any(d.place in ("config.max_steps", "config.epochs") for d in differences(self.record, theirs)):
-            if found is None:
-                raise UsageError(
-                    f"the run in {str(self.folder)!r} is finished and has kept no checkpoint to go on from "
-                    f"(save_steps); train its model further as a new run: model={str(self.folder)!r}."
-                )
-            return False
         where, scorer, policy = self.folder / "final", None, None
         if self.algorithm.trains_reward:
             scorer = load_scorer(where).to(self.device)
         else:
             adapter = setup.adapter_of(self.settings) if (where / "adapter_config.json").exists() else None
-            policy = load_policy(
-                where, tokenizer=self.tokenizer, adapter=adapter, dtype=next(self.policy.parameters()).dtype
-            )
-            policy.to(self.device)
-        history = read_log(self.folder / "metrics.jsonl")
-        spent, best = Spent(**theirs["spent"]), theirs["best"]
+            dtype = next(self.policy.parameters()).dtype
+            policy = load_policy(where, tokenizer=self.tokenizer, adapter=adapter, dtype=dtype).to(self.device)
         self._tidy_up()
+        self._done = Spent(**record["spent"])
         self.log.note(f"the run in {self.folder} is finished; nothing is left to do.")
-        self.result = Run(self.algorithm.name, policy, scorer, self.tokenizer, spent, history, self.folder, best)
-        return True
+        history = read_log(self.folder / "metrics.jsonl")
+        return Run(
+            self.algorithm.name, policy, scorer, self.tokenizer, self._done, history, self.folder, record["best"]
+        )
+
+    def _take_over(self, start: Checkpoint | None) -> None:
+        """The folder is this run's from here on."""
+        if self.folder is not None and self.processes.main and not self._began:
+            for folder in checkpoint.found(self.folder):  # damaged ones must not push whole ones out
+                if start is not None and Checkpoint(folder, {}).number > start.number:
+                    checkpoint.remove(folder)
+            for name in LOGS if start is None else ():  # of a run that left nothing else
+                (self.folder / name).unlink(missing_ok=True)
+            write_record(self.record | {"finished": False}, self.folder)
+        self._began = True
 
     def _stage_steps(self, number: int, stage: Stage, start: Checkpoint | None) -> Generator[Step, None, bool]:
         """The steps of one stage; whether the run goes on after it."""
@@ -334,6 +351,12 @@ class Steps:
         every = settings.eval_steps or math.ceil(total / 10)
         self._next_save = time.monotonic() + FIRST_SAVE
         going_on = True
+        if start is not None and start.facts["engine"]["step"] > total:
+            raise UsageError(
+                f"{start.folder} is after step {start.facts['engine']['step']}, but this run has {total} steps "
+                "(max_steps, epochs)."
+            )
+        self._take_over(start)
         if start is not None:
             if self.log.folder is not None:
                 self.log.go_on(start.facts["engine"]["log"])
@@ -341,6 +364,10 @@ class Steps:
             kept = engine.kept
             self.best, self._waited, self._good, going_on = (kept[k] for k in ("best", "waited", "good", "going_on"))
             self._saved = number, engine.marked
+            theirs = start.facts["record"]
+            going_on = going_on or any(d.place in LONGER for d in differences(self.record, theirs))
+            if settings.on_nonfinite == "rollback" and self._good is None:  # the policy was another one
+                self._save_checkpoint(engine)
         self.log.begin(total, engine.step)
         if start is None:
             if engine.optimizer_steps <= engine.config.warmup_steps and settings.learning_rate > 0:
@@ -403,17 +430,21 @@ class Steps:
         with self.stopping.hold():
             self.watchdog.doing(f"writing checkpoint-{number}")
             started = time.monotonic()
+            tensors, facts = engine.state()
+            moved = (n for n, t in tensors.items() if t.is_floating_point() and not n.startswith("rollouts/"))
+            bad = next((name for name in moved if not tensors[name].isfinite().all()), None)
+            if bad is not None:
+                what = f"step {number}: {bad} is not finite, an earlier step was too large for it"
+                if not good or self._good is None:
+                    raise NonFiniteError(
+                        f"{what}; no checkpoint is written over the last good ones. Lower the learning rate."
+                    )
+                self.log.say(f"{what}; back to the weights of {self._roll_back()}, on with the next rows.")
+                engine.mark()
+                return
             if good and self.settings.on_nonfinite == "rollback":
                 self._good = number
             if self.processes.main:
-                tensors, facts = engine.state()
-                moved = (n for n, t in tensors.items() if t.is_floating_point() and not n.startswith("rollouts/"))
-                bad = next((name for name in moved if not tensors[name].isfinite().all()), None)
-                if bad is not None:
-                    raise NonFiniteError(
-                        f"step {number}: {bad} is not finite, an earlier step was too large for it; no checkpoint is "
-                        "written over the last good ones. Lower the learning rate."
-                    )
                 facts["kept"]["good"] = self._good
                 about = {"record": self.record, "stage": self.number, "before": self._before,
                          "done": self._done.to_dict(), "engine": facts}  # fmt: skip
@@ -439,21 +470,24 @@ class Steps:
 
     def _interrupted(self) -> None:
         """Keep what was trained when the run cannot go on; the error that follows is what the user must see."""
-        engine = self.engine
+        if self.stopping.ending:
+            return
+        engine, self.stopping.ending = self.engine, True
         if self.folder is None or not self.processes.main or self.result is not None or not self.folder.is_dir():
             return
-        if output.is_finished(self.folder):
+        if (output.read_record(self.folder) or {}).get("finished") or not self._began:
             return
-        if not self.spent.optimizer_steps:  # nothing is lost, and nothing stands in the way of the next try
-            if self._began and not checkpoint.found(self.folder):
+        if not self.spent.optimizer_steps and not self._done_steps:  # nothing is lost, and nothing stands in the way
+            if not checkpoint.found(self.folder):
+                checkpoint.remove(self.folder / "best")
                 (self.folder / RECORD).unlink(missing_ok=True)
             return
         where = "between two stages" if engine is None else f"after step {engine.marked[0]} of {engine.total_steps}"
         try:
             if engine is not None and engine.whole and self._saved != (self.number, engine.marked):
                 self._save_checkpoint(engine, good=False)
-        except RunError as error:
-            self.log.say(str(error))
+        except Exception as error:  # of a device, too; the error that led here is the one to raise
+            self.log.say(f"no checkpoint of this step: {error}")
         last = checkpoint.found(self.folder)[-1:]
         if last:
             self.log.say(f"stopped {where}; the run goes on from {last[0]} with resume=True (--resume).")
@@ -522,7 +556,7 @@ class Steps:
         module = self.scorer or self.policy
         if not all(bool(torch.isfinite(p).all()) for p in module.parameters() if p.requires_grad):
             self.log.say("the weights are not finite: an earlier step was too large for them. Lower the learning rate.")
-        with self.stopping.hold(), checkpoint.replacing(self.folder / name) as aside:
+        with self.stopping.hold(), replacing_folder(self.folder / name) as aside:
             self._save_model(aside, merge=self.settings.merge)
         return self.folder / name
 
@@ -608,7 +642,7 @@ def train(
     """
     given = {k: v for k, v in locals().items() if k not in ("algorithm", "options")}
     run = Steps(algorithm, **given, **options)
-    with run.stopping:
+    with run.stopping, run:
         for _ in run:
             pass
         return run.finish()

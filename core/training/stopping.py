@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run ends where its state is whole, so that it can go on from there."""
+"""SIGTERM, SIGHUP and Ctrl-C: a run ends where its state is whole, so that it can go on from there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))  # a lost terminal
 
 
 class Stopped(KeyboardInterrupt):
@@ -19,7 +21,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stopping:
-    """A context manager: inside it, SIGTERM and Ctrl-C raise :class:`Stopped`, but never in a section that is held.
+    """A context manager: inside it, SIGTERM, SIGHUP and Ctrl-C raise :class:`Stopped`, never in a section that is held.
 
     ``immediate=False`` (several processes, which must stop together): only :attr:`wanted` is set, and who runs the
     loop asks for it; if that takes longer than ``PATIENCE`` seconds, it is raised after all: this process may hang, and
@@ -33,14 +35,15 @@ class Stopping:
         self.immediate = immediate
         self.wanted: int | None = None
         self.held = 0
-        self._raised = self._overdue = False
+        self.ending = False  # what was asked for is being done
+        self._overdue = False
         self._depth = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopping:
         self._depth += 1
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._receive)
         return self
@@ -65,10 +68,10 @@ class Stopping:
         if self.immediate:
             self.check(self.wanted)
 
-    def check(self, wanted: int | None, again: bool = False) -> None:
-        """Raise if somebody asked to stop; once, or the checkpoint that follows could not be written, or ``again``."""
-        if wanted is not None and not self.held and (again or not self._raised):
-            self.wanted, self._raised = wanted, True
+    def check(self, wanted: int | None) -> None:
+        """Raise if somebody asked to stop: again, where user code has swallowed it, until the run is :attr:`ending`."""
+        if wanted is not None and not self.held and not self.ending:
+            self.wanted = wanted
             raise Stopped(wanted)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -87,6 +90,6 @@ class Stopping:
 
     def _again(self, number: int) -> None:
         """Wake the main thread, whatever system call it waits in."""
-        if self._depth > 0 and not self._raised and (thread := threading.main_thread().ident) is not None:
+        if self._depth > 0 and not self.ending and (thread := threading.main_thread().ident) is not None:
             self._overdue = True
             signal.pthread_kill(thread, number)
