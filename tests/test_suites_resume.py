@@ -553,7 +553,7 @@ def contents(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_suite_that_is_killed_again_and_again_ends_as_one_that_never_was(tmp_path: Path, seed: int) -> None:
     script = tmp_path / "suite.py"
     script.write_text(SUITE)
@@ -565,10 +565,15 @@ def test_a_suite_that_is_killed_again_and_again_ends_as_one_that_never_was(tmp_p
     assert start(tmp_path / "whole").wait() == 0
     whole, kills, resumed = contents(tmp_path / "whole"), 0, 0
     finished: dict[Path, dict[str, tuple[int, int]]] = {}
+    half = lambda: list((tmp_path / "killed" / "cells").glob(".*.part/run/checkpoint-*"))  # noqa: E731
     while True:
         process = start(tmp_path / "killed")
+        before = set(half())
+        while kills % 2 == 0 and kills < 8 and process.poll() is None and set(half()) <= before:
+            time.sleep(0.02)  # every other kill falls into a training
         with contextlib.suppress(subprocess.TimeoutExpired):
-            if process.wait(timeout=float(random.uniform(7, 14) if kills < 12 else 600)) == 0:
+            patience = random.uniform(0, 0.5) if kills % 2 == 0 else random.uniform(6, 14)
+            if process.wait(timeout=float(patience) if kills < 8 else 600) == 0:
                 break
             pytest.fail("the suite failed")
         whom = random.choice(["parent", "worker", "all", "stop"])
@@ -581,9 +586,9 @@ def test_a_suite_that_is_killed_again_and_again_ends_as_one_that_never_was(tmp_p
         )
         process.wait()
         kills += 1
-        resumed += bool(list((tmp_path / "killed" / "cells").glob(".*.part/run/checkpoint-*")))
-        for cell, before in finished.items():
-            assert inodes(cell) == before, "a finished cell was touched"
+        resumed += bool(half())
+        for cell, seen in finished.items():
+            assert inodes(cell) == seen, "a finished cell was touched"
         finished = {f.parent: inodes(f.parent) for f in (tmp_path / "killed" / "cells").glob("[!.]*/facts.json")}
     assert resumed, "no kill came while a cell was training"
     ended = contents(tmp_path / "killed")
