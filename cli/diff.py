@@ -18,6 +18,7 @@ from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
 from prefzoo.registry import UsageError
+from prefzoo.training import checkpoint
 from prefzoo.training.record import RECORD, Difference, Effect, differences, shown
 
 METRICS = "metrics.jsonl"
@@ -31,7 +32,7 @@ TITLES: dict[Effect, str] = {
 NOTHING_RECORDED = (
     "Nothing that is recorded explains it. What may: a reward function that draws random numbers, reads a clock, asks "
     "a server, or has code in other files; a callback or a loop of your own; GPU kernels that add in another order "
-    "each time: --deterministic rules these out."
+    "each time. --deterministic rules out the last, and seeds the generators of python, numpy and torch."
 )
 ONLY_ROUNDING = (
     "Only rounding is recorded as different: if the metrics part slowly, that is why. For equal bits make these the "
@@ -73,7 +74,15 @@ def show_diff(first: str, second: str, everything: bool, as_json: bool) -> None:
     lines = [metrics.verdict, weights["words"]]
     lines += [f"{p.name} is not finished" for p, r in zip(places, (here, there), strict=True) if not _finished(r, p)]
     for line in lines:
-        console.print(Text(line[0].upper() + line[1:] + "."), style="bold", soft_wrap=True)
+        told = line if line.startswith((first, second)) else line[0].upper() + line[1:]
+        console.print(Text(f"{told}."), style="bold", soft_wrap=True)
+    for name, record in zip((first, second), (here, there), strict=True):
+        for break_ in record.get("resumed", []):
+            said = "; ".join(break_["here_there"])
+            console.print(Text(f"{name} went on after step {break_['step']} with: {said}"), soft_wrap=True)
+        ended, total = record.get("ended", (0, 0))
+        if ended < total:
+            console.print(Text(f"{name} was ended after step {ended} of {total}"), soft_wrap=True)
     effects = Counter(d.effect for d in found)
     for effect, title in TITLES.items():
         if effects[effect] and (effect != "none" or everything):
@@ -111,7 +120,8 @@ def find(name: str) -> Place:
     if not folder.is_dir():
         raise UsageError(f"run {name!r}: there is no such folder.")
     if (folder / RECORD).is_file():
-        return Place(name, folder, folder / "final")
+        models = [folder / "final", *reversed(checkpoint.found(folder))]
+        return Place(name, folder, next((m for m in models if m.is_dir()), models[0]))
     parent = folder.resolve().parent
     if (parent / RECORD).is_file():
         return Place(name, parent, folder)

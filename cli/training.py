@@ -17,7 +17,7 @@ from prefzoo.algos.trl_fields import FIELDS
 from prefzoo.plugins import import_file, import_function, names_function
 from prefzoo.processes import Processes
 from prefzoo.registry import UsageError, suggest
-from prefzoo.training import Stopped, TrainConfig
+from prefzoo.training import NonFiniteError, Stopped, TrainConfig
 from prefzoo.training import train as train_algorithm
 from prefzoo.training.checkpoint import found
 from prefzoo.yaml_numbers import Numbers, read_yaml
@@ -41,11 +41,12 @@ def train(
     """Train, then say where the result is."""
     name, merged = read_all(words, given, config, from_trl, settings, imports)
     merged.setdefault("output_dir", Path("runs") / name.replace(":", "-"))
+    before = found(Path(merged["output_dir"]))
     try:
         run = train_algorithm(name, quiet=quiet, **merged)
     except BaseException as error:
-        if found(Path(merged["output_dir"])) and merged.get("resume") is not True:
-            print(f"go on with: {shlex.join(['prefzoo', *sys.argv[1:], '--resume'])}", file=sys.stderr)
+        if found(Path(merged["output_dir"])) != before and Processes.launched().main:
+            print(_how_to_go_on(error, merged.get("resume") is True), file=sys.stderr)
         if isinstance(error, Stopped):
             raise typer.Exit(error.exit_code) from None
         raise
@@ -59,8 +60,21 @@ def train(
             print("  ".join(f"{key} {value:.6g}" for key, value in row.items() if key != "time"))
     if run.best is not None:
         print(f"best {run.best['metric']} {run.best['value']:.6g} after step {run.best['step']}")
-    print(f"{run.spent.optimizer_steps} optimizer steps in {run.spent.seconds:.1f} s")
+    skipped = f", {run.spent.nonfinite_steps} more not taken (not finite)" if run.spent.nonfinite_steps else ""
+    print(f"{run.spent.optimizer_steps} optimizer steps{skipped} in {run.spent.seconds:.1f} s")
     print(f"the result is in {merged['output_dir']}/final")
+
+
+def _how_to_go_on(error: BaseException, resumed: bool) -> str:
+    """What to type next."""
+    if isinstance(error, NonFiniteError):
+        return (
+            "going on from the checkpoint meets the same rows: leave them out (--on-nonfinite skip --may-differ "
+            "on_nonfinite), or begin anew with a lower learning rate."
+        )
+    if Processes.launched().size > 1:
+        return "go on with the same launch command" + ("" if resumed else " and --resume")
+    return f"go on with: {shlex.join(['prefzoo', *sys.argv[1:], *([] if resumed else ['--resume'])])}"
 
 
 def read_all(

@@ -55,7 +55,7 @@ def locked(folder: str | Path, wait: float = 0.0, name: str = ".lock") -> Iterat
     ...         pass
     Traceback (most recent call last):
     ...
-    prefzoo.registry.UsageError: another process (pid ...) works in ...; wait for it, or choose another folder.
+    prefzoo.registry.UsageError: this process (pid ...) still works in ...: finish() or close() what it began there, ...
     """
     file = Path(folder) / name
     handle = _take(file, time.monotonic() + wait)
@@ -126,6 +126,9 @@ def _is_at(handle: int, file: Path) -> bool:
 def _refusal(handle: int, file: Path) -> str:
     owner = os.pread(handle, 300, 0).decode(errors="replace").strip()
     who = f" ({owner})" if owner else ""
+    if owner.startswith(f"pid {os.getpid()} "):
+        cure = "finish() or close() what it began there, or choose another folder."
+        return f"this process{who} still works in {str(file.parent)!r}: {cure}"
     return f"another process{who} works in {str(file.parent)!r}; wait for it, or choose another folder."
 
 

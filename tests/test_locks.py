@@ -52,7 +52,7 @@ def held_by_another(folder: Path, with_child: str = "") -> subprocess.Popen[str]
 
 def test_one_owner_at_a_time_and_nothing_is_left(tmp_path: Path) -> None:
     with locked(tmp_path):
-        owner = rf"another process \(pid {os.getpid()} on host {platform.node()}\) works in '{tmp_path}'; wait for it"
+        owner = rf"this process \(pid {os.getpid()} on host {platform.node()}\) still works in .{tmp_path}.: finish"
         with pytest.raises(UsageError, match=owner), locked(tmp_path):
             pytest.fail("two owners")
         with locked(tmp_path, name=".other"):

@@ -185,7 +185,7 @@ CHANGES = [
     {"rows": PAIRS[1:]},
     {"columns": {"prompt": "prompt"}},
     {"facts": FACTS | {"fingerprints": {"model": "9", "tokenizer": "2"}}},
-    {"algorithm": "ipo", "seed": 3},
+    {"seed": 3},
 ]
 
 
@@ -203,6 +203,12 @@ def test_the_refusal_names_each_change_and_its_own_cure_is_accepted(changed):
         with pytest.raises(UsageError):
             refuse_foreign(mine, theirs, [w for w in words if w != left_out], "checkpoint x")
     assert refuse_foreign(mine, theirs, ["all"], "checkpoint x") == []
+
+
+def test_another_algorithm_is_another_folders():
+    with pytest.raises(UsageError, match="^checkpoint x is of 'dpo', this run is 'ipo'; choose another folder"):
+        refuse_foreign(record_of(algorithm="ipo"), record_of(), (), "checkpoint x")
+    assert refuse_foreign(record_of(algorithm="ipo"), record_of(), ["all"], "checkpoint x") == []
 
 
 @pytest.mark.parametrize("word", ["config.learning_rate", "learning_rate", "config", "all"])
@@ -521,7 +527,7 @@ def test_a_difference_that_nothing_explains_says_what_may(runs, tmp_path, capsys
     shutil.copy(runs / "a" / "run.json", tmp_path / "c" / "run.json")
     assert main(["diff", str(runs / "a"), str(tmp_path / "c")]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "The records are the same." in out and "--deterministic rules these out" in out
+    assert "The records are the same." in out and "--deterministic rules out the last" in out
 
 
 def _damage(folder: Path, how: str) -> None:

@@ -269,7 +269,7 @@ def test_a_job_that_another_process_keeps_is_told(
     whole.parent.mkdir(parents=True)
     with locked(whole.parent, name=f".{whole.name}.lock"):
         outcome = run_jobs(line, shop.out)["a"]
-    assert re.search(rf"another process \(pid {os.getpid()} .* works in", outcome.error or "")
+    assert re.search(rf"process \(pid {os.getpid()} .* works in", outcome.error or "")
     assert run_jobs(line, shop.out)["a"].facts
 
 

@@ -49,6 +49,9 @@ def told(source: str | Path) -> str:
 def run_model(source: str | Path) -> str:
     """The model folder of a run, or the source itself."""
     final = Path(source) / "final"
+    checkpoints = sorted(Path(source).glob("checkpoint-*"), key=lambda f: (len(f.name), f.name))
+    if (Path(source) / "run.json").exists() and not final.is_dir() and checkpoints:
+        raise UsageError(f"the run in {str(source)!r} is not finished; its newest checkpoint is {checkpoints[-1]}.")
     return str(final if final.is_dir() else source)
 
 

@@ -92,6 +92,8 @@ def write(
 def whole(folder: Path) -> Checkpoint:
     """The checkpoint of a folder, every file checked; RunError names the first that is at fault."""
     try:
+        if not (folder / MANIFEST).is_file():
+            raise RunError(f"{folder}: {MANIFEST} is missing")
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, said in manifest.items():
             if not (folder / name).is_file():

@@ -61,6 +61,7 @@ class Spent:
     generated_tokens: int = 0
     trained_tokens: int = 0  # completion tokens that a loss was computed on, each time it was
     reward_calls: int = 0
+    nonfinite_steps: int = 0  # optimizer steps that were not taken
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
@@ -695,6 +696,7 @@ class Engine:
         step, policy = self.step + 1, self.config.on_nonfinite
         what, why = ", ".join(reasons), self._post_mortem(reasons, losses, norms, batches, shared)
         self.bad_in_a_row += 1
+        self.spent.nonfinite_steps += 1
         self.now.add("skipped_nonfinite", 1.0)
         for role in self.trained.values():
             role.optimizer.zero_grad(set_to_none=True)
@@ -708,9 +710,10 @@ class Engine:
                 f"step {step}: {what}; stopped before the step, the {IN_A_ROW}th of this kind in a row. {why}"
             )
         if policy == "skip" or self.roll_back is None:
-            self.log.say(f"step {step}: {what}; the step is skipped. {why}")
+            self.log.say(f"step {step}: {what}; the step is skipped. {why}".rstrip())
             return False
-        self.log.say(f"step {step}: {what}; back to the weights of {self.roll_back()}, on with the next rows. {why}")
+        back = self.roll_back()
+        self.log.say(f"step {step}: {what}; back to the weights of {back}, on with the next rows. {why}".rstrip())
         return True
 
     def _post_mortem(

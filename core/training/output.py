@@ -27,6 +27,12 @@ def check_folder(output_dir: str | Path | None, resume: bool) -> None:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output folder {str(folder)!r} is a file; choose another name.")
+    outer = folder.resolve().parent
+    if read_record(outer) is not None and folder.resolve() in (*(outer / m for m in MODELS), *checkpoint.found(outer)):
+        raise UsageError(
+            f"output folder {str(folder)!r} is part of the run in {str(folder.parent)!r}: give that one, with resume, "
+            f"to go on with it; or model={str(folder)!r} and a new folder, to start from its weights."
+        )
     others = checkpoint.foreign(folder)
     if others:
         raise UsageError(
@@ -46,7 +52,12 @@ def check_folder(output_dir: str | Path | None, resume: bool) -> None:
                 "folder."
             )
         return
-    if begun or (record is not None and not record.get("finished") and (folder / "best").exists()):
+    if record is not None and record["finished"]:
+        longer = ", or go on with it for longer (--resume with more max_steps)" if begun else ""
+        raise UsageError(
+            f"output folder {str(folder)!r} holds another run, which is finished; choose a new one, remove it{longer}."
+        )
+    if begun or (record is not None and (folder / "best").exists()):
         raise UsageError(
             f"output folder {str(folder)!r} holds another run, which has not come to its end; go on with it "
             "(resume=True, --resume), choose a new folder or remove it."

@@ -427,6 +427,10 @@ def refuse_foreign(
         d for d in found
         if d.effect in (("result", "rounding") if strict else ("result",)) and not any(map(d.named, allowed))
     ]  # fmt: skip
+    if "algorithm" in {d.place for d in refused}:
+        raise UsageError(
+            f"{what} is of {_at(theirs, 'algorithm')!r}, this run is {_at(mine, 'algorithm')!r}; choose another folder."
+        )
     if refused:
         lines = "".join(f"\n  {d.words()}" for d in refused)
         words = list(dict.fromkeys(_permission(d.place) for d in refused))

@@ -112,6 +112,10 @@ class Steps:
                 raise UsageError(f"callback: expected a function f(step, policy, metrics), got {type(call).__name__}.")
         if settings.on_nonfinite == "rollback" and (output_dir is None or settings.save_steps is None):
             raise UsageError("on_nonfinite='rollback' needs checkpoints to go back to: give output_dir and save_steps.")
+        if not isinstance(resume, bool):
+            raise UsageError(
+                f"resume: expected True or False, got {resume!r}; it takes the newest checkpoint of output_dir."
+            )
         self.resume = resume
         words = may_differ.split(",") if isinstance(may_differ, str) else may_differ
         self.may_differ = tuple(word.strip() for word in words)
@@ -174,6 +178,10 @@ class Steps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the run where it is, with a checkpoint, and its folder to others."""
         self._closing = True
         self._steps.close()
         with self._open:
@@ -265,6 +273,10 @@ class Steps:
                 self.log.note(
                     f"note: the last digits may differ from a run that was never stopped: {difference.words()}"
                 )
+            theirs = found.facts["record"]
+            changed = [d.words() for d in differences(self.record, theirs) if d.effect != "none"]
+            breaks = [*theirs.get("resumed", []), *([{"step": found.number, "here_there": changed}] if changed else [])]
+            self.record |= {"resumed": breaks} if breaks else {}
             self.log.note(f"going on from {found.folder}.")
         elif record is not None:
             self.log.note(f"there is no checkpoint in {self.folder}; the run begins anew.")
@@ -280,7 +292,7 @@ class Steps:
         if others:
             lines = "".join(f"\n  {d.words()}" for d in others)
             raise UsageError(
-                f"the run in {str(self.folder)!r} is finished, and another than this (here: this run; there: that one):"
+                f"the finished run in {str(self.folder)!r} has other settings (here: this run; there: that one):"
                 f"{lines}\nChoose a new output folder, or take the change back."
             )
         refuse_foreign(self.record, record, self.may_differ, f"the finished run in {self.folder}")
@@ -303,7 +315,9 @@ class Steps:
             policy = load_policy(where, tokenizer=self.tokenizer, adapter=adapter, dtype=dtype).to(self.device)
         self._tidy_up()
         self._done = Spent(**record["spent"])
-        self.log.note(f"the run in {self.folder} is finished; nothing is left to do.")
+        ended, total = record.get("ended", (0, 0))
+        early = f" (it was ended after step {ended} of {total})" if ended < total else ""
+        self.log.note(f"the run in {self.folder} is finished{early}; nothing is left to do.")
         history = read_log(self.folder / "metrics.jsonl")
         return Run(
             self.algorithm.name, policy, scorer, self.tokenizer, self._done, history, self.folder, record["best"]
@@ -481,6 +495,8 @@ class Steps:
             if not checkpoint.found(self.folder):
                 checkpoint.remove(self.folder / "best")
                 (self.folder / RECORD).unlink(missing_ok=True)
+            if self.stopping.wanted is not None:
+                self.log.say("stopped before the first step; there is nothing to keep.")
             return
         where = "between two stages" if engine is None else f"after step {engine.marked[0]} of {engine.total_steps}"
         try:
@@ -540,7 +556,9 @@ class Steps:
         self.watchdog.doing("writing the result")
         if self.best is not None and self.best["step"] == 0:
             self.log.note("no evaluation was better than the one before the first step.")
-        record = self.record | {"finished": True, "spent": self.spent.to_dict(), "best": self.best}
+        assert self.engine is not None
+        record = self.record | {"finished": True, "spent": self.spent.to_dict(), "best": self.best,
+                                "ended": (self.engine.step, self.engine.total_steps)}  # fmt: skip
         with checkpoint.told(f"the result could not be written to {str(self.folder)!r}", self.folder):
             output.write_card(record, self.log.history, self._save("final"))
             output.draw_curves(self.log.history, self.folder / "curves.png", chosen.name, self.log.note)
