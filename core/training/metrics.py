@@ -129,10 +129,10 @@ class RunLog:
         self._sizes = dict(position["bytes"])
         for name, size in self._sizes.items():
             file = self.folder / name
-            there = file.stat().st_size if file.exists() else 0
-            if there > size:
-                os.truncate(file, size)
-            elif there < size:  # removed by hand: no reason to lose the weights
+            there = _whole_lines(file, size)
+            if file.exists():
+                os.truncate(file, there)
+            if there < size:  # removed by hand: no reason to lose the weights
                 self.say(f"{file} is shorter than when the checkpoint was written; its missing lines stay missing.")
                 self._sizes[name] = there
         self.history = read_log(self.folder / "metrics.jsonl")
@@ -223,6 +223,14 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     """The rows of ``metrics.jsonl``; a last line that was cut off is left out."""
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def _whole_lines(file: Path, size: int) -> int:
+    """Bytes of the whole lines among the first ``size``."""
+    if not file.exists():
+        return 0
+    with file.open("rb") as opened:
+        return opened.read(size).rfind(b"\n") + 1
 
 
 def _available(package: str) -> bool:

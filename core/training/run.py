@@ -32,7 +32,7 @@ from prefzoo.training.determinism import deterministic, rng_state, set_rng_state
 from prefzoo.training.engine import Engine, NonFiniteError, Spent, under
 from prefzoo.training.guards import Watchdog
 from prefzoo.training.metrics import LOGS, RunLog, read_log
-from prefzoo.training.record import RECORD, describe, differences, fingerprint, refuse_foreign, write_record
+from prefzoo.training.record import RECORD, Difference, describe, differences, fingerprint, refuse_foreign, write_record
 from prefzoo.training.stopping import Stopping
 
 Callback = Callable[[int, Policy, dict[str, float]], Any]
@@ -118,7 +118,7 @@ class Steps:
             )
         self.resume = resume
         words = may_differ.split(",") if isinstance(may_differ, str) else may_differ
-        self.may_differ = tuple(word.strip() for word in words)
+        self.may_differ = tuple(stripped for word in words if (stripped := word.strip()))
         if self.may_differ and not resume:
             raise UsageError("may_differ has no effect without resume=True; leave it out.")
         output.check_folder(output_dir, resume)
@@ -285,7 +285,7 @@ class Steps:
     def _asks_for_more(self, record: Mapping[str, Any], found: Checkpoint | None) -> bool:
         """Whether this run is the finished one of the folder, but longer."""
         changed = [d for d in differences(self.record, record) if d.effect == "result"]
-        longer = [d for d in changed if d.place in LONGER]
+        longer = [d for d in changed if d.place in LONGER and not _is_less(d)]
         others = [
             d for d in changed if d not in longer and d.place.partition(".")[0] not in ("versions", "layer", "sources")
         ]
@@ -676,6 +676,12 @@ def load_run_policy(
     found = run_model(source)
     tokenizer = load_tokenizer(found, chat_template=chat_template, **where)
     return load_policy(found, tokenizer=tokenizer, **where), tokenizer
+
+
+def _is_less(difference: Difference) -> bool:
+    """Less patience than the finished run has had; fewer steps are told where they are counted."""
+    here, there = difference.here, difference.there
+    return difference.place == "config.patience" and here is not None and (there is None or here < there)
 
 
 def _name_of(value: Any) -> Any:
