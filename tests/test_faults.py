@@ -556,10 +556,10 @@ def test_two_processes_in_one_folder_the_second_is_refused(tmp_path, whole):
     for step in first:
         if step.number == 3:
             before = files(run)
-            with pytest.raises(UsageError, match="process .* works in"):
+            with pytest.raises(UsageError, match=r"process .* works in"):
                 prefzoo.train("dpo", output_dir=run, resume=True, **RUN)
             with (
-                pytest.raises(UsageError, match="process .* works in"),
+                pytest.raises(UsageError, match=r"process .* works in"),
                 prefzoo.steps("dpo", output_dir=run, resume=True, **RUN) as second,
             ):
                 next(second)

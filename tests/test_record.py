@@ -206,7 +206,7 @@ def test_the_refusal_names_each_change_and_its_own_cure_is_accepted(changed):
 
 
 def test_another_algorithm_is_another_folders():
-    with pytest.raises(UsageError, match="^checkpoint x is of 'dpo', this run is 'ipo'; choose another folder"):
+    with pytest.raises(UsageError, match=r"^checkpoint x is of 'dpo', this run is 'ipo'; choose another folder"):
         refuse_foreign(record_of(algorithm="ipo"), record_of(), (), "checkpoint x")
     assert refuse_foreign(record_of(algorithm="ipo"), record_of(), ["all"], "checkpoint x") == []
 
