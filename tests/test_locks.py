@@ -74,7 +74,7 @@ def test_a_dead_owner_holds_nothing_whatever_it_leaves_behind(tmp_path: Path, wi
         process.kill()
         process.wait()
         assert (tmp_path / ".lock").exists()
-        with locked(tmp_path):  # while its child lives
+        with locked(tmp_path, wait=20):  # while its child lives, which may not have run at all yet
             assert str(os.getpid()) in (tmp_path / ".lock").read_text()
         assert not (tmp_path / ".lock").exists()
     finally:

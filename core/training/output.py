@@ -53,10 +53,8 @@ def check_folder(output_dir: str | Path | None, resume: bool) -> None:
             )
         return
     if record is not None and record["finished"]:
-        longer = ", or go on with it for longer (--resume with more max_steps)" if begun else ""
-        raise UsageError(
-            f"output folder {str(folder)!r} holds another run, which is finished; choose a new one, remove it{longer}."
-        )
+        cure = "choose a new folder or remove it" + (", or make it longer (--resume, more max_steps)" if begun else "")
+        raise UsageError(f"output folder {str(folder)!r} holds another run, which is finished; {cure}.")
     if begun or (record is not None and (folder / "best").exists()):
         raise UsageError(
             f"output folder {str(folder)!r} holds another run, which has not come to its end; go on with it "
