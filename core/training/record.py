@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-import prefzoo
 from prefzoo.algorithm import Algorithm
 from prefzoo.data.formats import Dataset
 from prefzoo.feedback.rewards import FunctionReward, RewardSource, SumReward
@@ -34,7 +33,7 @@ from prefzoo.source import layer_hash
 from prefzoo.training.checkpoint import told
 from prefzoo.training.config import TrainConfig
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy", "safetensors")
+PACKAGES = ("prefzoo", "torch", "transformers", "accelerate", "peft", "datasets", "numpy", "safetensors")
 RECORD = "run.json"
 
 
@@ -76,7 +75,7 @@ def _of(data: Dataset) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of everything that computes."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "prefzoo": prefzoo.__version__}
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
