@@ -341,14 +341,8 @@ class Steps:
         self._done = self.spent if start is None else Spent(**start.facts["done"])
         self._before = self._done_steps if start is None else start.facts["before"]
         self.engine, self.number = None, number
-        if number > 0:  # the anchor of this stage is what the one before it has made
-            weights = dict(self.policy.named_parameters())
-            with torch.no_grad():
-                for name, value in under("stage_start", tensors).items():
-                    weights[name].copy_(value)
-            self._stage_start = {
-                f"stage_start/{n}": p.detach().cpu().clone() for n, p in weights.items() if p.requires_grad
-            }
+        if number > 0:
+            self._start_of_stage(under("stage_start", tensors))
         engine, held = setup.make_engine(
             stage, settings, policy=self.policy, tokenizer=self.tokenizer, data=self.data, held_out=self.held_out,
             ptx=self.ptx, reward=self.source, anchor=self.anchor, device=self.device, log=self.log,
@@ -365,23 +359,10 @@ class Steps:
         every = settings.eval_steps or math.ceil(total / 10)
         self._next_save = time.monotonic() + FIRST_SAVE
         going_on = True
-        if start is not None and start.facts["engine"]["step"] > total:
-            raise UsageError(
-                f"{start.folder} is after step {start.facts['engine']['step']}, but this run has {total} steps "
-                "(max_steps, epochs)."
-            )
-        self._take_over(start)
-        if start is not None:
-            if self.log.folder is not None:
-                self.log.go_on(start.facts["engine"]["log"])
-            engine.load_state(tensors, start.facts["engine"])
-            kept = engine.kept
-            self.best, self._waited, self._good, going_on = (kept[k] for k in ("best", "waited", "good", "going_on"))
-            self._saved = number, engine.marked
-            theirs = start.facts["record"]
-            going_on = going_on or any(d.place in LONGER for d in differences(self.record, theirs))
-            if settings.on_nonfinite == "rollback" and self._good is None:  # the policy was another one
-                self._save_checkpoint(engine)
+        if start is None:
+            self._take_over(None)
+        else:
+            going_on = self._go_on(engine, start, tensors)
         self.log.begin(total, engine.step)
         if start is None:
             if engine.optimizer_steps <= engine.config.warmup_steps and settings.learning_rate > 0:
@@ -418,6 +399,31 @@ class Steps:
         return True
 
     # ------------------------------------------------------------------------------------ checkpoints
+
+    def _start_of_stage(self, weights: Mapping[str, Tensor]) -> None:
+        """The anchor of a later stage is what the one before it has made: keep that, or bring it back."""
+        mine = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for name, value in weights.items():
+                mine[name].copy_(value)
+        self._stage_start = {f"stage_start/{name}": p.detach().cpu().clone() for name, p in mine.items()}
+
+    def _go_on(self, engine: Engine, start: Checkpoint, tensors: Mapping[str, Tensor]) -> bool:
+        """Be where the checkpoint was; whether there is more to do."""
+        facts, total = start.facts["engine"], engine.total_steps
+        if facts["step"] > total:
+            raise UsageError(
+                f"{start.folder} is after step {facts['step']}, but this run has {total} steps (max_steps, epochs)."
+            )
+        self._take_over(start)
+        if self.log.folder is not None:
+            self.log.go_on(facts["log"])
+        engine.load_state(tensors, facts)
+        self.best, self._waited, self._good, going_on = (engine.kept[k] for k in ("best", "waited", "good", "going_on"))
+        self._saved = self.number, engine.marked
+        if self.settings.on_nonfinite == "rollback" and self._good is None:  # the policy was another one
+            self._save_checkpoint(engine)
+        return going_on or any(d.place in LONGER for d in differences(self.record, start.facts["record"]))
 
     def _mark(self, engine: Engine, going_on: bool) -> bool:
         """A step is done; whether every process goes on after it."""
@@ -462,12 +468,8 @@ class Steps:
                 facts["kept"]["good"] = self._good
                 about = {"record": self.record, "stage": self.number, "before": self._before,
                          "done": self._done.to_dict(), "engine": facts}  # fmt: skip
-                adapter = self.policy.adapter is not None
-                keys = (
-                    {}
-                    if adapter
-                    else {f"policy/{n}": n.removeprefix("model.") for n, _ in self.policy.named_parameters()}
-                )
+                names = () if self.policy.adapter is not None else dict(self.policy.named_parameters())
+                keys = {f"policy/{name}": name.removeprefix("model.") for name in names}
                 self.log.sync()
                 checkpoint.write(self.folder, number, tensors | self._stage_start, about, self._save_model, keys)
                 checkpoint.prune(self.folder, self.settings.save_total_limit, self._good)
