@@ -1,6 +1,7 @@
 """What every test runs under: one thread per process, no network, no display."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any test imports them; processes that tests start inherit these.
@@ -33,3 +34,13 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set PREFZOO_DATA to a folder that holds it")
     return folder
+
+
+@pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """Learning curves cost more than the training of small runs."""
+    from prefzoo.training import output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "draw_curves", lambda *_: None)
+        yield

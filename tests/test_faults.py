@@ -29,9 +29,11 @@ from prefzoo.locks import locked
 from prefzoo.losses import create_loss
 from prefzoo.parts.source import DatasetRows
 from prefzoo.registry import RunError, UsageError
-from prefzoo.training import Stopped, checkpoint, output, setup
+from prefzoo.training import Stopped, checkpoint, setup
 from prefzoo.training import run as run_module
 from prefzoo.training.engine import Engine, NonFiniteError
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 PAIRS = [
     {"prompt": f"{a} and {b}:", "chosen": f" {a + b} is it", "rejected": f" no {a * b}"}
@@ -85,14 +87,6 @@ def left(folder: Path, steps: int = STEPS, **options: Any) -> Path:
 def resumed(folder: Path, algorithm: Any = "dpo", **options: Any) -> dict[str, Any]:
     prefzoo.train(algorithm, output_dir=folder, resume=True, **(RUN if algorithm == "dpo" else {}) | options)
     return end(folder)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pictures() -> Iterator[None]:
-    """They cost more than the training here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "draw_curves", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")

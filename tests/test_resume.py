@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from prefzoo.generation import generate
 from prefzoo.models.load import learn_tokenizer, load_policy, new_scorer, tiny_model
 from prefzoo.models.roles import Policy
 from prefzoo.registry import UsageError
-from prefzoo.training import Stopped, checkpoint, output
+from prefzoo.training import Stopped, checkpoint
 from prefzoo.training.engine import Engine, NonFiniteError
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 PAIRS = [
     {"prompt": f"{a} and {b}:", "chosen": f" {a + b} is it", "rejected": f" no {a * b}"}
@@ -118,14 +120,6 @@ def end(folder: Path) -> dict[str, Any]:
 def contents(folder: Path) -> dict[str, bytes | None]:
     """Every file and folder."""
     return {f.relative_to(folder).as_posix(): f.read_bytes() if f.is_file() else None for f in folder.rglob("*")}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pictures() -> Iterator[None]:
-    """They cost more than the training here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "draw_curves", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -415,7 +415,9 @@ def test_push_to_hub(monkeypatch, tmp_path):
 
 
 def test_trackers_get_the_metrics(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
     folder = tmp_path / "a"
     run = prefzoo.train(
         "dpo", dataset=PAIRS, max_steps=3, eval_split=0.2, report_to=["tensorboard"], output_dir=folder, **QUICK

@@ -30,7 +30,7 @@ from prefzoo.registry import RunError
 
 STATE, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_ASIDE = re.compile(r"\.(checkpoint-\d+|final|best|run\.json|post-mortem-\d+\.json)(\.\w+)?\.(old|gone|part)")
+_ASIDE = re.compile(r"\.(checkpoint-\d+|final|best|run\.json|post-mortem-\d+\.json)\.(old|gone|part)")
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def _named(output: Path) -> list[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
+    """By its files; an empty one is nobody's loss."""
     return any((folder / name).exists() for name in (STATE, FACTS, MANIFEST)) or not any(folder.iterdir())
 
 

@@ -582,7 +582,7 @@ class Engine:
                     self.now.add(term, value)
                 self._step(progress, number, norms)
             else:
-                went_back = self._not_finite(reasons, losses, norms, batches, shared)
+                went_back = self._not_finite(reasons, self._post_mortem(reasons, losses, norms, batches, shared))
             self.place, self.buffer = self.place + 1, None if went_back else self.buffer
             self.mark()
         self.stopping.check(next((w for w in wanted if w is not None), None))
@@ -684,17 +684,9 @@ class Engine:
             assert self.reference is not None
             self.moving.follow(self.reference, self.policy)
 
-    def _not_finite(
-        self,
-        reasons: Sequence[str],
-        losses: Mapping[str, float],
-        norms: Mapping[str, Tensor],
-        batches: Mapping[str, Samples],
-        shared: Mapping[str, Tensor],
-    ) -> bool:
+    def _not_finite(self, reasons: Sequence[str], why: str) -> bool:
         """The step is not taken: say why, and stop, skip it or go back (true)."""
-        step, policy = self.step + 1, self.config.on_nonfinite
-        what, why = ", ".join(reasons), self._post_mortem(reasons, losses, norms, batches, shared)
+        step, policy, what = self.step + 1, self.config.on_nonfinite, ", ".join(reasons)
         self.bad_in_a_row += 1
         self.spent.nonfinite_steps += 1
         self.now.add("skipped_nonfinite", 1.0)
@@ -737,7 +729,7 @@ class Engine:
             self.log.folder / f"post-mortem-{self.step + 1}.json", step=self.step + 1, reasons=reasons, losses=losses,
             norms={role: float(norm) for role, norm in norms.items()}, gradients=gradients, batches=batches,
             row_losses=row_losses, tokenizer=self.tokenizer, say=self.log.say,
-            extra={"learning_rate": self.config.learning_rate, **self.spent.to_dict()},
+            extra={"peak_learning_rate": self.config.learning_rate, **self.spent.to_dict()},
         )  # fmt: skip
         return said + (f"The batch is in {file}. " if file is not None else "")
 
