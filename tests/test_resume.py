@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import prefzoo
 from prefzoo.generation import generate
 from prefzoo.models.load import learn_tokenizer, load_policy, new_scorer, tiny_model
+from prefzoo.models.reference import as_bytes
 from prefzoo.models.roles import Policy
 from prefzoo.registry import UsageError
 from prefzoo.training import Stopped, checkpoint
@@ -643,3 +644,9 @@ def test_the_command_says_how_to_go_on_and_its_exit_code_is_the_signals(tmp_path
     assert main([*words, str(run), *longer]) == 0
     assert main([*words, str(tmp_path / "whole"), "--max-steps", steps]) == 0
     assert end(run) == end(tmp_path / "whole")
+
+
+def test_bytes_of_a_tensor_do_not_depend_on_its_strides():
+    column = torch.arange(8.0).view(4, 2)[:, 1]
+    for strided in (column, column[:1], column[:0]):  # one element counts as contiguous, whatever its stride
+        assert torch.equal(as_bytes(strided), as_bytes(torch.tensor(strided.tolist())))
