@@ -12,12 +12,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prefzoo.algorithm import ALGORITHMS, Algorithm, algorithm_entry, create_algorithm, list_algorithms
+from prefzoo.algorithm import (
+    ALGORITHMS,
+    Algorithm,
+    algorithm_entry,
+    create_algorithm,
+    is_algorithm,
+    list_algorithms,
+)  # fmt: skip
 from prefzoo.losses import LOSSES, Loss
 from prefzoo.parts.feedback import Verifier
 from prefzoo.parts.roles import POLICY, REWARD
 from prefzoo.plugins import import_file
-from prefzoo.records import Values
 from prefzoo.registry import Entry, UsageError, prefix_of, suggest
 from prefzoo.training.config import ONLY_DATASET, TrainConfig
 
@@ -174,8 +180,8 @@ def _documentation(entry: Entry) -> dict[str, Any]:
 
 
 def _is_term_only(name: str) -> bool:
-    """A loss that trains a critic is a part of an algorithm and none of its own."""
-    return name not in ALGORITHMS and name in LOSSES and LOSSES.entry(name).tags["family"] is Values
+    """A loss that is no algorithm of its own: it trains a critic, or nobody makes its records."""
+    return name not in ALGORITHMS and name in LOSSES and not is_algorithm(LOSSES.entry(name))
 
 
 def _print_card(facts: dict[str, Any]) -> None:

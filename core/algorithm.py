@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from prefzoo.data.samples import Kind
 from prefzoo.losses import LOSSES, Loss, create_loss
+from prefzoo.losses.base import LossEntry
 from prefzoo.parts.controllers import AdaptiveKL, FixedKL
 from prefzoo.parts.count import Count, as_count
 from prefzoo.parts.credit import GAE, BestOfK, GroupRelative, LeaveOneOut
 from prefzoo.parts.feedback import Finished, Labels, MaskTruncated, Reward
-from prefzoo.parts.prelude import RotatedBaseline
+from prefzoo.parts.prelude import PRELUDES, Prelude
 from prefzoo.parts.reference import Moving, Start
 from prefzoo.parts.roles import CRITIC, POLICY, REFERENCE, REWARD
 from prefzoo.parts.source import DatasetRows, Rollouts
@@ -33,6 +34,19 @@ TAKES: dict[type[Record], str] = {
     PolicyGradient: "advantages",
     Values: "advantages",
 }
+# The fields beyond log-probabilities and masks that the shared layer can fill in, where a loss declares that it needs
+# them; a family that is not here is not trained yet.
+FILLED: dict[type[Record], frozenset[str]] = {
+    Pairs: frozenset({
+        "margin_B", "probability_B", "weight_B", "chosen_log_sq_BT", "rejected_log_sq_BT", "chosen_kl_BT",
+        "rejected_kl_BT", "prompt_logps_BT",
+    }),
+    Scores: frozenset({"margin_B", "probability_B", "tie_B", "weight_B"}),
+    Unpaired: frozenset({"baseline", "delta", "weight_B"}),
+    Likelihood: frozenset({"weight_B"}),
+    PolicyGradient: frozenset({"entropy_BT", "entropy_floor", "sampling_logps_BT"}),
+    Values: frozenset(),
+}  # fmt: skip
 CURES = {
     ("advantages", "rollouts"): "give a credit: GroupRelative(), LeaveOneOut() or GAE()",
     ("completions", "rollouts"): "give the credit BestOfK()",
@@ -88,7 +102,7 @@ class Stage:
     feedback: Feedback = field(default_factory=Labels)
     keep: Keep | None = None
     credit: Credit | None = None
-    prelude: RotatedBaseline | None = None
+    prelude: Prelude | None = None
     schedule: Schedule = field(default_factory=Schedule)
     controllers: Mapping[str, FixedKL | AdaptiveKL] = field(default_factory=dict)
     reference: Start | Moving = field(default_factory=Start)
@@ -100,6 +114,7 @@ class Stage:
             raise UsageError("a stage needs at least one term.")
         gift = self.source.gives if self.credit is None else self.credit.gives
         for term in self.terms:
+            check_filled(term.loss)
             have = "completions" if term.rows == "ptx" else gift
             need = TAKES[term.loss.family]
             if need != have:
@@ -108,8 +123,10 @@ class Stage:
                     f"credit {type(self.credit).__name__}" if self.credit else f"source {type(self.source).__name__}"
                 )
                 raise UsageError(f"loss {term.loss.name!r} takes {need}, but {maker} gives {have}; {cure}.")
-            if "baseline" in term.loss.extras and self.prelude is None:
-                raise UsageError(f"loss {term.loss.name!r} needs a baseline; give prelude=RotatedBaseline().")
+            for wanted in set(term.loss.extras) & set(PRELUDES):
+                if self.prelude is None or self.prelude.gives != wanted:
+                    part = PRELUDES[wanted].__name__
+                    raise UsageError(f"loss {term.loss.name!r} needs a {wanted}; give prelude={part}().")
             if term.loss.family is Values and term.trains != CRITIC:
                 raise UsageError(f"loss {term.loss.name!r} trains the critic; write Term(..., trains='critic').")
         if isinstance(self.source, Rollouts):
@@ -153,6 +170,24 @@ class Stage:
     @property
     def on_policy(self) -> bool:
         return isinstance(self.source, Rollouts)
+
+
+def untrained(loss: Loss) -> str | None:
+    """Why the shared layer cannot train with this loss; None where it can."""
+    if loss.family not in FILLED:
+        known = ", ".join(f.__name__ for f in FILLED)
+        return f"takes {loss.family.__name__} records, which no source gives yet; there are sources of {known}"
+    missing = [e for e in loss.extras if e not in FILLED[loss.family]]
+    if missing:
+        return f"needs {missing[0]}, which the data layer does not fill in yet"
+    return None
+
+
+def check_filled(loss: Loss) -> None:
+    """Refuse a loss whose records nobody makes: it is a function to call, and no term of a run."""
+    why = untrained(loss)
+    if why is not None:
+        raise UsageError(f"loss {loss.name!r} {why}. It can be called with records of your own (prefzoo.losses).")
 
 
 class Algorithm:
@@ -236,18 +271,24 @@ def register_algorithm(
     )
 
 
-def _of_loss(entry: Entry, options: dict[str, Any]) -> Algorithm:
+def _of_loss(loss: Loss) -> Algorithm:
     """A registered loss is at once an algorithm of the same name, through its family's default composition."""
-    loss = create_loss(entry.name, **options)
     if loss.family is Values:
         raise UsageError(
-            f"loss {entry.name!r} trains a critic; it is a term of an algorithm (see ppo), not one of its own."
+            f"loss {loss.name!r} trains a critic; it is a term of an algorithm (see ppo), not one of its own."
         )
+    check_filled(loss)
+    prelude = next((PRELUDES[e]() for e in loss.extras if e in PRELUDES), None)
     if loss.family is PolicyGradient:
-        return Algorithm(source=Rollouts(8), feedback=Reward(), credit=GroupRelative(), loss=loss)
+        return Algorithm(source=Rollouts(8), feedback=Reward(), credit=GroupRelative(), loss=loss, prelude=prelude)
     kind: dict[type[Record], Kind] = {Pairs: "pairs", Scores: "pairs", Unpaired: "unpaired", Likelihood: "completions"}
-    prelude = RotatedBaseline() if "baseline" in loss.extras else None
     return Algorithm(source=DatasetRows(kind[loss.family]), loss=loss, prelude=prelude)
+
+
+def is_algorithm(entry: LossEntry) -> bool:
+    """Whether a loss is an algorithm of its own, and not only a term, or a function of records that nobody makes."""
+    loss = Loss(entry)
+    return loss.family is not Values and untrained(loss) is None
 
 
 def algorithm_entry(name: str) -> Entry:
@@ -270,19 +311,20 @@ def create_algorithm(name: str, /, **options: Any) -> Algorithm:
     entry = algorithm_entry(name)
     entry.check_options(options, "algorithm")
     is_loss = entry.name not in ALGORITHMS
-    algorithm = _of_loss(entry, options) if is_loss else entry.function(**options)
+    algorithm = _of_loss(create_loss(entry.name, **options)) if is_loss else entry.function(**options)
     algorithm.name = entry.name
-    algorithm.options = {**entry.options, **options}
-    algorithm.recommended = {} if is_loss else dict(entry.tags["recommended"])
+    algorithm.options = {**entry.own_options, **options}
+    algorithm.recommended = dict(entry.tags["recommended"])
     algorithm.sources = {entry.name: entry.source_hash()}
-    for stage in algorithm.stages:
-        algorithm.sources |= {f"loss:{t.loss.name}": t.loss.entry.source_hash() for t in stage.terms}
+    for term in (t for stage in algorithm.stages for t in stage.terms):
+        algorithm.sources[f"loss:{term.loss.name}"] = term.loss.entry.source_hash()
+        algorithm.sources |= {f"modifier:{m.name}": m.source_hash() for m, _ in term.loss.modifiers}
     return algorithm
 
 
 def list_algorithms(pattern: str = "*") -> list[str]:
     """Names of all algorithms that match a shell pattern: compositions, and losses with a default composition."""
-    losses = [n for n in LOSSES.names(pattern) if LOSSES.entry(n).tags["family"] is not Values]
+    losses = [n for n in LOSSES.names(pattern) if is_algorithm(cast(LossEntry, LOSSES.entry(n)))]
     return sorted({*ALGORITHMS.names(pattern), *losses})
 
 

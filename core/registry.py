@@ -59,14 +59,24 @@ class Entry:
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
 
     @property
-    def options(self) -> dict[str, Any]:
+    def own_options(self) -> dict[str, Any]:
         """Keyword-only options of the function, with their defaults."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """All that may be given under this name; a kind of entry may know more than its function does."""
+        return self.own_options
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        """What the options are annotated with."""
+        return typing.get_type_hints(self.function, include_extras=True)
+
     def check_options(self, options: Mapping[str, Any], kind: str) -> None:
         """Refuse an option that the function does not have, or a value that its annotation does not allow."""
-        hints = typing.get_type_hints(self.function, include_extras=True)
+        hints = self.hints
         for key, value in options.items():
             if key not in self.options:
                 raise UsageError(
@@ -108,10 +118,12 @@ class Registry:
     ['square']
 
     ``absent``: names that people will ask for and that are not here, each with the reason, told instead of "unknown".
+    ``entry``: the class of its entries.
     """
 
-    def __init__(self, kind: str, provider: str | None = None) -> None:
+    def __init__(self, kind: str, provider: str | None = None, entry: type[Entry] = Entry) -> None:
         self.kind = kind
+        self._entry = entry
         self._provider = provider
         self._loaded = provider is None
         self._entries: dict[str, Entry] = {}
@@ -138,7 +150,7 @@ class Registry:
                 raise UsageError(
                     f"{self.kind} {word!r} is already registered by {owner.function.__module__}; choose another name."
                 )
-        self._entries[name] = Entry(name, function, paper, aliases, tags)
+        self._entries[name] = self._entry(name, function, paper, aliases, tags)
         self._aliases.update(dict.fromkeys(aliases, name))
         return function
 
@@ -192,8 +204,12 @@ def prefixed(names: Iterable[str], prefix: str) -> list[str]:
     return [name for name in names if prefix_of(name) == prefix]
 
 
-ABOVE_0 = "above 0"
-Positive = typing.Annotated[float, ABOVE_0]  # of an option of a loss or an algorithm
+# Annotations of options of losses and algorithms that say more than the type.
+ABOVE_0, SHARE, NOT_NEGATIVE = "above 0", "from 0 to 1", "of at least 0"
+RANGES = {ABOVE_0: lambda x: x > 0, SHARE: lambda x: 0 <= x <= 1, NOT_NEGATIVE: lambda x: x >= 0}
+Positive = typing.Annotated[float, ABOVE_0]
+Share = typing.Annotated[float, SHARE]
+NotNegative = typing.Annotated[float, NOT_NEGATIVE]
 
 
 def _words(hint: Any) -> str:
@@ -205,7 +221,7 @@ def _words(hint: Any) -> str:
 def _allows(hint: Any, value: Any) -> bool:
     """Whether a value fits an annotation of plain types, literals and unions; other annotations allow anything."""
     if typing.get_origin(hint) is typing.Annotated:
-        return _allows(hint.__origin__, value) and (ABOVE_0 not in hint.__metadata__ or value > 0)
+        return _allows(hint.__origin__, value) and all(RANGES[m](value) for m in hint.__metadata__ if m in RANGES)
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from prefzoo.losses.base import LOSSES, Loss, create_loss
-from prefzoo.records import FAMILIES, LossOut, PolicyGradient, Record, masked_sum
+from prefzoo.records import FAMILIES, LossOut, PolicyGradient, Record, masked_sum, side_of
 from prefzoo.registry import UsageError
 
 R = TypeVar("R", bound=Record)
@@ -38,8 +38,11 @@ class NotApplicable(Exception):
 
 # -- records to try a loss on -----------------------------------------------------------------------------------------
 
-DATA = ("desirable", "margin", "probability", "weight")  # columns of the data: constants that nobody differentiates
-CONSTANTS = ("advantages", "baseline", "returns")  # made by models, like ref_* and old_*: no gradient may reach them
+# Columns of the data: constants that nobody differentiates.
+DATA = ("desirable", "margin", "probability", "weight", "tie", "targets", "labels", "valid", "step")
+# Made by models: no gradient may reach them.
+FROZEN = ("ref_", "old_", "sampling_", "teacher_", "target_", "next_")
+CONSTANTS = ("advantages", "baseline", "delta", "returns", "entropy_floor")
 
 
 def random_record(
@@ -67,29 +70,43 @@ def random_record(
     """
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Tensor] = {}
-    fields = dataclasses.fields(family)  # type: ignore[arg-type]
-    for field in sorted(fields, key=lambda f: f.name.startswith(("ref_", "old_"))):
-        stem, axes = _parts(field.name)
-        side = tokens + ("rejected" in stem)
-        shape = tuple(side if axis == "T" else rows if axis in "BP" else 3 for axis in axes)
+    fields = [f.name for f in dataclasses.fields(family)]  # type: ignore[arg-type]
+    for name in sorted(fields, key=lambda f: f.startswith(FROZEN)):
+        stem, axes = _parts(name)
+        sizes = {"B": rows, "P": rows, "K": 4, "V": 6, "T": tokens + ("rejected" in stem)}
+        shape = tuple(sizes[axis] for axis in axes)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
-        base = made.get(field.name.removeprefix("ref_").removeprefix("old_"))
-        if stem.endswith("mask"):
-            made[field.name] = _random_mask(uniform)
-        elif stem == "desirable":
-            made[field.name] = torch.arange(rows) % 2 == 0
-        elif base is not None:
-            made[field.name] = base + spread * noise
-        elif stem.endswith("logps"):
-            made[field.name] = -3 * uniform - 0.05
-        elif stem == "probability":
-            made[field.name] = 0.5 + 0.5 * uniform
-        elif stem in ("margin", "weight", "entropy", "baseline"):
-            made[field.name] = uniform + 0.1
-        else:
-            made[field.name] = noise
+        base = made.get(next((name.removeprefix(p) for p in FROZEN if name.startswith(p)), ""))
+        made[name] = base + spread * noise if base is not None else _made(family, stem, noise, uniform)
     return family(**{name: x.to(dtype) if x.is_floating_point() else x for name, x in made.items()})
+
+
+def _made(family: type[Record], stem: str, noise: Tensor, uniform: Tensor) -> Tensor:
+    """Plausible values of a field, from normal and uniform numbers of its shape."""
+    kind = stem.rpartition("_")[2]
+    if kind in ("mask", "step"):
+        mask = _random_mask(uniform.reshape(-1, uniform.shape[-1])).view(uniform.shape)
+        return mask if kind == "mask" else mask & (torch.arange(mask.shape[-1]) % 2 == 0)
+    if kind == "valid":  # rankings of 2 to K completions
+        return torch.arange(noise.shape[1]) < 2 + torch.arange(len(noise))[:, None] % (noise.shape[1] - 1)
+    if kind == "desirable":
+        return torch.arange(len(noise)) % 2 == 0
+    if kind == "tie":
+        return torch.arange(len(noise)) % 3 == 1
+    if kind == "logps":
+        return -3 * uniform - 0.05
+    if kind == "sq":  # log Σ p² of a distribution
+        return -2 * uniform - 0.05
+    if kind in ("probability", "labels"):
+        return 0.5 + 0.5 * uniform if kind == "probability" else uniform
+    if kind in ("margin", "weight", "entropy", "baseline", "delta", "floor", "kl"):
+        return uniform + 0.1
+    if kind == "lse":  # above any single Q
+        return noise.abs() + 2
+    if kind == "scores" and family.__name__ == "Ranked":  # best first
+        return noise.sort(-1, descending=True)[0]
+    return noise
 
 
 def _random_mask(uniform_BT: Tensor) -> Tensor:
@@ -110,15 +127,22 @@ def _parts(name: str) -> tuple[str, str]:
 def is_trained(name: str) -> bool:
     """Whether gradient may flow into a field of this name: log-probabilities, scores, values, entropy of the policy."""
     stem = _parts(name)[0]
-    return not (name.startswith(("ref_", "old_")) or stem.endswith("mask") or stem in DATA + CONSTANTS)
+    data = stem in DATA + CONSTANTS or stem.endswith(("mask", "_step"))
+    return not (name.startswith(FROZEN) or data or _given_scores(name))
+
+
+def _given_scores(name: str) -> bool:
+    """Scores of the data or of a reward, of rankings and of completions to imitate; those of steps are a model's."""
+    return name in ("scores_PK", "scores_B", "rewards_BT")
 
 
 def mask_field(record: Record, name: str) -> str | None:
-    """The mask that belongs to a (B, T) field."""
-    if not name.endswith("_BT"):
+    """The mask that belongs to a field with a token axis."""
+    axes = _parts(name)[1]
+    if "T" not in axes:
         return None
-    side = next((s for s in ("chosen", "rejected") if s in name), None)
-    candidate = f"{side}_mask_BT" if side else "mask_BT"
+    side = side_of(name)
+    candidate = f"{side}_mask_BT" if side else f"mask_{axes[: axes.index('T') + 1]}"
     return candidate if candidate in record.tensors() else None
 
 
@@ -140,14 +164,21 @@ def _as_leaves(record: R, *, everything: bool = False) -> R:
 
 def _total(out: LossOut, record: Record, weight_B: Tensor | None = None) -> Tensor:
     """Sum over masked tokens and (weighted) rows, as the engine does."""
-    loss_B = masked_sum(out.loss, record.tensors()["mask_BT"]) if out.loss.dim() == 2 else out.loss
+    loss_B = masked_sum(out.loss, _mask(record)) if out.loss.dim() == 2 else out.loss
     return (loss_B if weight_B is None else loss_B * weight_B).sum()
 
 
 def _rows_of(out: LossOut, record: Record) -> Tensor:
     """The loss as the engine sees it: (B,), or (B, T) with zeros outside the mask; detached."""
     loss = out.loss.detach()
-    return torch.where(record.tensors()["mask_BT"], loss, 0.0) if loss.dim() == 2 else loss
+    return torch.where(_mask(record), loss, 0.0) if loss.dim() == 2 else loss
+
+
+def _mask(record: Record) -> Tensor:
+    mask_BT = record.loss_mask_BT
+    if mask_BT is None:
+        raise ContractError(f"{type(record).__name__} has no tokens, so its losses have one value per row.")
+    return mask_BT
 
 
 def _gradients(
@@ -202,12 +233,12 @@ def unreduced(loss: Loss) -> None:
 
 
 def _allowed_shapes(loss: Loss, record: Record) -> list[tuple[int, ...]]:
-    tensors = record.tensors()
-    row = next((tuple(v.shape[:1]) for k, v in tensors.items() if _parts(k)[1].startswith(("B", "P"))), ())
-    if "mask_BT" not in tensors:
-        return [row]
-    token = tuple(tensors["mask_BT"].shape)
-    return [token] if loss.count == "token" else [row, token]
+    rows = next(v.shape[:1] for k, v in record.tensors().items() if _parts(k)[1].startswith(("B", "P")))
+    mask_BT = record.loss_mask_BT
+    if mask_BT is None:
+        return [tuple(rows)]
+    token = tuple(mask_BT.shape)
+    return [token] if loss.count == "token" else [tuple(rows), token]
 
 
 def metrics_detached(loss: Loss) -> None:
@@ -265,7 +296,7 @@ def row_permutation(loss: Loss) -> None:
 
 def halves_equal_whole(loss: Loss) -> None:
     """Two halves of a batch give what the whole gives, value and gradient: rows do not know each other."""
-    if loss.entry.tags["whole_batch"]:
+    if loss.whole_batch:
         raise NotApplicable("declared whole_batch: it couples rows, and the engine does not split its batch")
     record = _record(loss, rows=6)
     weight_B = torch.arange(
@@ -292,7 +323,7 @@ def masked_cells(loss: Loss) -> None:
     out, gradients = _gradients(loss, record)
     tensors = record.tensors()
     for poison in (1e9, -1e9, float("inf"), float("nan")):
-        poisoned = _with(record, {k: torch.where(tensors[m], tensors[k], poison) for k, m in masks.items()})
+        poisoned = _with(record, {k: _poisoned(tensors[k], tensors[m], poison) for k, m in masks.items()})
         bad_out, bad_gradients = _gradients(loss, poisoned)
         if not _close(_rows_of(out, record), _rows_of(bad_out, poisoned)):
             raise ContractError(
@@ -307,13 +338,24 @@ def masked_cells(loss: Loss) -> None:
             )
 
 
+def _poisoned(values: Tensor, mask: Tensor, poison: float) -> Tensor:
+    if not values.is_floating_point():
+        return values | ~mask
+    while mask.dim() < values.dim():
+        mask = mask[..., None]
+    return torch.where(mask, values, poison)
+
+
 def padding(loss: Loss) -> None:
     """More padding on the right changes nothing."""
     record = _record(loss)
-    wide = {k: v for k, v in record.tensors().items() if k.endswith("_BT")}
+    wide = {k: _parts(k)[1].index("T") for k in record.tensors() if "T" in _parts(k)[1]}
     if not wide:
         raise NotApplicable(f"{loss.family.__name__} has no tokens")
-    longer = _with(record, {k: torch.cat([v, torch.zeros_like(v[:, :2])], dim=1) for k, v in wide.items()})
+    fields = {k: (record.tensors()[k], axis) for k, axis in wide.items()}
+    longer = _with(
+        record, {k: torch.cat([v, torch.zeros_like(v.narrow(axis, 0, 2))], axis) for k, (v, axis) in fields.items()}
+    )
     before, after = _rows_of(loss(record), record), _rows_of(loss(longer), longer)
     if not _close(before, after[:, : before.shape[1]] if before.dim() == 2 else after):
         raise ContractError("two more columns of padding change the loss: it divides by T. Divide by mask_BT.sum(-1).")
@@ -322,7 +364,7 @@ def padding(loss: Loss) -> None:
 def empty_row(loss: Loss) -> None:
     """A row whose tokens are all masked has a finite loss, finite gradient, and no gradient in its cells."""
     record = _record(loss)
-    masks = {k: v.clone() for k, v in record.tensors().items() if k.endswith("mask_BT")}
+    masks = {k: v.clone() for k, v in record.tensors().items() if _parts(k)[0].endswith("mask")}
     if not masks:
         raise NotApplicable(f"{loss.family.__name__} has no masks")
     for mask_BT in masks.values():
@@ -330,7 +372,7 @@ def empty_row(loss: Loss) -> None:
     out, gradients = _gradients(loss, _with(record, masks))
     if not bool(_rows_of(out, _with(record, masks)).isfinite().all()):
         raise ContractError("a row without tokens gives NaN or infinity. Divide by mask_BT.sum(-1).clamp(min=1).")
-    if any(bool((g[0] != 0).any()) for k, g in gradients.items() if k.endswith("_BT")):  # NaN != 0 as well
+    if any(bool((g[0] != 0).any()) for k, g in gradients.items() if "T" in _parts(k)[1]):  # NaN != 0 as well
         raise ContractError("a row without tokens has gradient (or NaN) in its cells; mask the inputs first.")
 
 
@@ -410,7 +452,9 @@ def _extreme(record: R, seed: int) -> R:
         dice = torch.randint(0, 3, value.shape, generator=generator)
         if stem.endswith("logps"):
             made[name] = (-500.0 * (dice > 0) - 0.01).to(value.dtype)
-        elif stem.endswith("values") or stem in ("chosen", "rejected", "returns"):
+        elif value.is_floating_point() and stem.endswith(
+            ("values", "chosen", "rejected", "returns", "rewards", "targets", "scores", "logits", "q1", "q2", "q", "v")
+        ):
             made[name] = (500.0 * (dice - 1)).to(value.dtype)
     return _with(record, made)
 

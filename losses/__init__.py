@@ -10,6 +10,14 @@ if __name__ != "prefzoo.losses":
         "import prefzoo.losses, not losses: this folder is a part of the package 'prefzoo' (pip install -e .)"
     )
 
-from prefzoo.losses.base import LOSSES, Loss, create_loss, list_losses, register_loss
+from prefzoo.losses.base import (
+    LOSSES,
+    MODIFIERS,
+    Loss,
+    create_loss,
+    list_losses,
+    register_loss,
+    register_modifier,
+)  # fmt: skip
 
-__all__ = ["LOSSES", "Loss", "create_loss", "list_losses", "register_loss"]
+__all__ = ["LOSSES", "MODIFIERS", "Loss", "create_loss", "list_losses", "register_loss", "register_modifier"]

@@ -1,8 +1,9 @@
-"""The registry of losses and the contract's data: family, count, needs."""
+"""The registries of losses and of their modifiers, and the contract's data: family, count, needs."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -13,14 +14,58 @@ from typing import Any
 from prefzoo.records import FAMILIES, LossOut, Record
 from prefzoo.registry import Entry, Registry, UsageError
 
-LOSSES = Registry("loss", provider="prefzoo.losses.catalogue")
+
+class LossEntry(Entry):
+    """A loss of the registry. Its options are those of its function, and those of the modifiers that apply to it."""
+
+    @property
+    def modifiers(self) -> list[Entry]:
+        """The modifiers that apply to this loss, outermost first."""
+        return [m for m in self._family_modifiers() if self.refusal(m) is None]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**self.own_options, **{k: v for m in self.modifiers for k, v in m.options.items()}}
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        theirs = {k: v for m in self.modifiers for k, v in m.hints.items() if k in m.options}
+        return {**theirs, **super().hints}
+
+    def refusal(self, modifier: Entry) -> str | None:
+        """Why a modifier of the family does not apply to this loss; None where it does."""
+        own = next((k for k in modifier.options if k in self.own_options), None)
+        if own is not None:
+            return f"the loss has an option {own!r} of its own"
+        if modifier.tags["reference"] and not self.tags["reference"]:
+            return "the loss has no reference"
+        return modifier.tags["refuses"](self)
+
+    def check_options(self, options: Mapping[str, Any], kind: str) -> None:
+        for modifier in self._family_modifiers():
+            for key in modifier.options:
+                if key in options and key not in self.options:
+                    raise UsageError(
+                        f"{kind} {self.name!r} does not take {key!r}: modifier {modifier.name!r} does not apply, "
+                        f"because {self.refusal(modifier)}."
+                    )
+        super().check_options(options, kind)
+
+    def _family_modifiers(self) -> list[Entry]:
+        found = [MODIFIERS.entry(name) for name in MODIFIERS.names()]
+        found = [m for m in found if m.tags["family"] is self.tags["family"]]
+        return sorted(found, key=lambda m: m.tags["order"])
+
+
+LOSSES = Registry("loss", provider="prefzoo.losses.catalogue", entry=LossEntry)
+MODIFIERS = Registry("modifier", provider="prefzoo.losses.catalogue")
 
 
 @dataclass(frozen=True)
 class Loss:
     """A registered loss with its options bound: call it with a record of its family."""
 
-    entry: Entry
+    entry: LossEntry
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -37,6 +82,16 @@ class Loss:
         return self.entry.tags["count"]
 
     @property
+    def modifiers(self) -> list[tuple[Entry, dict[str, Any]]]:
+        """The modifiers that its options switch on, outermost first, each with the options given to it."""
+        found = []
+        for modifier in self.entry.modifiers:
+            given = {k: v for k, v in self.options.items() if k in modifier.options}
+            if any(v != modifier.options[k] for k, v in given.items()):
+                found.append((modifier, given))
+        return found
+
+    @property
     def reference(self) -> bool:
         """Whether it needs reference log-probabilities."""
         return self.entry.tags["reference"]
@@ -44,12 +99,22 @@ class Loss:
     @property
     def extras(self) -> tuple[str, ...]:
         """Fields of the record beyond log-probabilities and masks that it needs, such as ``entropy_BT``."""
-        return self.entry.tags["extras"]
+        wanted = [self.entry.tags["extras"], *(m.tags["extras"] for m, _ in self.modifiers)]
+        return tuple(dict.fromkeys(name for names in wanted for name in names))
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether it couples the rows of a batch, which the engine then does not split."""
+        return self.entry.tags["whole_batch"]
 
     def __call__(self, batch: Record) -> LossOut:
         if not isinstance(batch, self.family):
             raise UsageError(f"loss {self.name!r} takes {self.family.__name__}, got {type(batch).__name__}.")
-        return self.entry.function(batch, **self.options)
+        own = {k: v for k, v in self.options.items() if k in self.entry.own_options}
+        call = functools.partial(self.entry.function, **own)
+        for modifier, options in reversed(self.modifiers):
+            call = functools.partial(modifier.function, call, **options)
+        return call(batch)
 
 
 def register_loss(
@@ -62,14 +127,18 @@ def register_loss(
     reference: bool = True,
     extras: tuple[str, ...] = (),
     whole_batch: bool = False,
+    contrast: bool = False,
+    recommended: Mapping[str, Any] = MappingProxyType({}),
     exceptions: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     """Register a loss under its function's name.
 
     The type of the first argument is the family, the keyword-only arguments are the hyper-parameters. ``count``: the
-    unit its paper averages over (default: ``"token"`` for token losses of the policy-gradient, likelihood and value
-    families, else ``"row"``). ``reference=False``: it needs no reference model. ``whole_batch``: it couples rows, so
-    the engine must not split the batch. ``exceptions``: checks of ``prefzoo.testing.check_loss`` it fails, and why.
+    unit its paper averages over (default: ``"token"`` for the families of token losses, else ``"row"``).
+    ``reference=False``: it needs no reference model. ``whole_batch``: it couples rows, so the engine must not split the
+    batch. ``contrast``: it knows the two log-ratios of a pair through their difference only, so what is the same on both
+    sides cancels. ``recommended``: values for the training of the algorithm of the same name. ``exceptions``: checks of
+    ``prefzoo.testing.check_loss`` it fails, and why.
 
     >>> import torch.nn.functional as F
     >>> from prefzoo.records import LossOut, Pairs
@@ -80,40 +149,69 @@ def register_loss(
     """
     if function is None:
         return lambda f: register_loss(
-            f, paper=paper, aliases=aliases, count=count, reference=reference, extras=extras,
-            whole_batch=whole_batch, exceptions=exceptions,
+            f, paper=paper, aliases=aliases, count=count, reference=reference, extras=extras, whole_batch=whole_batch,
+            contrast=contrast, recommended=recommended, exceptions=exceptions,
         )  # fmt: skip
-    family = _family(function)
-    token = family.__name__ in ("PolicyGradient", "Likelihood", "Values")
+    family = _family(function, "loss", 0)
     return LOSSES.register(
         function,
         paper=paper,
         aliases=aliases,
         family=family,
-        count=count or ("token" if token else "row"),
+        count=count or ("token" if family.per_token else "row"),
         reference=reference and any("ref" in f.name for f in dataclasses.fields(family)),
         extras=extras,
         whole_batch=whole_batch,
+        contrast=contrast,
+        recommended=dict(recommended),
         exceptions=dict(exceptions),
     )
 
 
-def _family(function: Callable[..., LossOut]) -> type[Record]:
+def register_modifier(
+    function: Callable[..., LossOut] | None = None,
+    /,
+    *,
+    paper: str | None = None,
+    order: int = 0,
+    reference: bool = False,
+    extras: tuple[str, ...] = (),
+    refuses: Callable[[LossEntry], str | None] = lambda entry: None,
+) -> Any:
+    """Register what changes many losses alike, as a function around a loss: ``modifier(loss, batch, *, option=off)``.
+
+    Every loss of the batch's family gets its options, except where the loss has an option of that name itself or
+    ``refuses`` says why not. At their defaults the options do nothing; the modifier is called where one of them has
+    another value, and refuses a combination without effect. Modifiers of lower ``order`` lie outside. ``reference``:
+    only for losses that have one. ``extras``: fields of the record that it needs.
+    """
+    if function is None:
+        return lambda f: register_modifier(
+            f, paper=paper, order=order, reference=reference, extras=extras, refuses=refuses
+        )
+    family = _family(function, "modifier", 1)
+    return MODIFIERS.register(
+        function, paper=paper, family=family, order=order, reference=reference, extras=extras, refuses=refuses
+    )
+
+
+def _family(function: Callable[..., LossOut], kind: str, place: int) -> type[Record]:
+    """The record that a loss takes as its first argument, a modifier as its second."""
     name = getattr(function, "__name__", repr(function))
     parameters = list(inspect.signature(function).parameters.values())
     known = ", ".join(f.__name__ for f in FAMILIES)
-    if not parameters:
-        raise UsageError(f"loss {name!r} takes no arguments; its first must be a record: {known}.")
-    family = typing.get_type_hints(function).get(parameters[0].name)
+    if len(parameters) <= place:
+        raise UsageError(f"{kind} {name!r} takes no record: its argument {place + 1} must be a record ({known}).")
+    family = typing.get_type_hints(function).get(parameters[place].name)
     if family not in FAMILIES:
         raise UsageError(
-            f"loss {name!r}: annotate its first argument {parameters[0].name!r} with the record it takes ({known}), "
+            f"{kind} {name!r}: annotate its argument {parameters[place].name!r} with the record it takes ({known}), "
             f"from prefzoo.records; got {family!r}."
         )
-    for parameter in parameters[1:]:
+    for parameter in parameters[place + 1 :]:
         if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
             raise UsageError(
-                f"loss {name!r}: hyper-parameter {parameter.name!r} must be keyword-only with a default "
+                f"{kind} {name!r}: hyper-parameter {parameter.name!r} must be keyword-only with a default "
                 "(put '*,' after the record)."
             )
     return typing.cast(type[Record], family)
@@ -123,7 +221,7 @@ def create_loss(name: str, /, **options: Any) -> Loss:
     """The loss of that name with its options bound; an unknown name or option raises with the nearest."""
     entry = LOSSES.entry(name)
     entry.check_options(options, "loss")
-    return Loss(entry, dict(options))
+    return Loss(typing.cast(LossEntry, entry), dict(options))
 
 
 def list_losses(pattern: str = "*") -> list[str]:

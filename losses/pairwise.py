@@ -29,7 +29,7 @@ def pair_metrics(batch: Pairs, beta: float) -> dict[str, Tensor]:
     }
 
 
-@register_loss(paper="arXiv:2305.18290")
+@register_loss(paper="arXiv:2305.18290", contrast=True, recommended={"learning_rate": 1e-6})
 def dpo(batch: Pairs, *, beta: Positive = 0.1) -> LossOut:
     """Direct preference optimization: a classifier of pairs whose logit is the difference of implicit rewards.
 
@@ -60,7 +60,7 @@ def dpo(batch: Pairs, *, beta: Positive = 0.1) -> LossOut:
     return LossOut(-F.logsigmoid(logits_B), pair_metrics(batch, beta))
 
 
-@register_loss(paper="arXiv:2310.12036")
+@register_loss(paper="arXiv:2310.12036", recommended={"learning_rate": 1e-6})
 def ipo(batch: Pairs, *, beta: Positive = 0.1) -> LossOut:
     """Identity preference optimization, per token: regress the difference of mean log-ratios on 1 / (2 β).
 
@@ -93,7 +93,7 @@ def ipo(batch: Pairs, *, beta: Positive = 0.1) -> LossOut:
     return LossOut((chosen_B - rejected_B - 1 / (2 * beta)).square(), pair_metrics(batch, beta))
 
 
-@register_loss(paper="arXiv:2310.12036")
+@register_loss(paper="arXiv:2310.12036", contrast=True, recommended={"learning_rate": 1e-6})
 def ipo_sum(batch: Pairs, *, beta: Positive = 0.1) -> LossOut:
     """Identity preference optimization, as in the paper: regress the difference of summed log-ratios on 1 / (2 β).
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +14,18 @@ from torch import Tensor
 from prefzoo.data.samples import Samples
 from prefzoo.losses.unpaired import kto_baseline
 from prefzoo.parts.roles import REFERENCE, Roles
+
+
+class Prelude(Protocol):
+    """What the engine asks of a prelude: the record's field that it gives, and a scalar for the whole batch."""
+
+    @property
+    def gives(self) -> str: ...
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def __call__(self, samples: Samples, roles: Roles) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -37,3 +52,6 @@ class RotatedBaseline:
         owner_B = np.repeat(np.arange(rows), mismatched.completions.lengths)
         ratio_B = ratio_C.new_zeros(rows).index_add(0, torch.from_numpy(owner_B).to(ratio_C.device), ratio_C)
         return kto_baseline(ratio_B)
+
+
+PRELUDES: Mapping[str, Any] = MappingProxyType({p.gives: p for p in (RotatedBaseline,)})  # by what they give

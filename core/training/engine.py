@@ -596,7 +596,7 @@ class Engine:
         packed = all(t.module.packed for t in self.trained.values())
         plans = {}
         for name, rows in batches.items():
-            coupled = [t.loss for t in self.stage.terms if t.rows == name and t.loss.entry.tags["whole_batch"]]
+            coupled = [t.loss for t in self.stage.terms if t.rows == name and t.loss.whole_batch]
             size = 1 if coupled else self.processes.size
             dealt = shares(rows, self.config.tokens_per_batch, packed, size)
             if coupled and len(dealt[0]) > 1:

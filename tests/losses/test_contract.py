@@ -24,7 +24,7 @@ from prefzoo.records import FAMILIES, LossOut, Pairs, PolicyGradient, Record, Un
 from prefzoo.registry import UsageError
 from prefzoo.testing import CHECKS, Check, ContractError, check_loss, is_trained, loss_checks, random_record
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_cards_are_complete(name: str) -> None:
     card = entry.function.__doc__ or ""
     assert entry.paper and entry.paper.startswith("arXiv:")
     assert [part for part in ("Args:", "Returns:", "Convention:", "Source:", ">>> ") if part not in card] == []
-    assert [option for option in entry.options if f"{option}:" not in card] == []
+    assert [option for option in entry.own_options if f"{option}:" not in card] == []
 
 
 # -- each check can fail: one deliberately broken loss or more per check ----------------------------------------------
