@@ -136,8 +136,8 @@ def register_loss(
     The type of the first argument is the family, the keyword-only arguments are the hyper-parameters. ``count``: the
     unit its paper averages over (default: ``"token"`` for the families of token losses, else ``"row"``).
     ``reference=False``: it needs no reference model. ``whole_batch``: it couples rows, so the engine must not split the
-    batch. ``contrast``: it knows the two log-ratios of a pair through their difference only, so what is the same on both
-    sides cancels. ``recommended``: values for the training of the algorithm of the same name. ``exceptions``: checks of
+    batch. ``contrast``: it knows the two log-ratios of a pair through their difference only, so what both sides share
+    cancels. ``recommended``: values for the training of the algorithm of the same name. ``exceptions``: checks of
     ``prefzoo.testing.check_loss`` it fails, and why.
 
     >>> import torch.nn.functional as F
