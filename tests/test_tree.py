@@ -366,7 +366,7 @@ def test_chunks_of_the_head_give_the_same_scores(
     monkeypatch.setattr(roles, "_score_logits", counted)
 
     def run() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        scores = Policy(model)(tree, temperature=temperature, entropy=True)
+        scores = Policy(model)(tree, temperature=temperature, want=frozenset({"entropy"}))
         value = (scores.logps_C * weights_of(scores.logps_C)).sum() + scores.entropy_C.square().sum()
         return scores.logps_C.detach(), scores.entropy_C.detach(), gradients(model, value)
 
@@ -384,7 +384,7 @@ def test_entropy_is_that_of_the_distribution() -> None:
     model = load_causal(tiny())
     tree = TreeBatch.of(pack_rows(forest(8, trees=2)))
     with torch.no_grad():
-        found = Policy(model)(tree, entropy=True, temperature=0.5).entropy_C
+        found = Policy(model)(tree, want=frozenset({"entropy"}), temperature=0.5).entropy_C
         logits = model(input_ids=tree.ids_N[None], position_ids=tree.positions_N[None], attention_plan=tree.plan).logits
     expected = torch.distributions.Categorical(logits=logits[0, tree.predict_C] / 0.5).entropy()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.files import replacing_file
-from prefzoo.models.roles import Policy, Scores, is_adapter
+from prefzoo.models.roles import Policy, is_adapter
 from prefzoo.models.tree import TreeBatch, packed
 from prefzoo.processes import ALONE, Processes
 from prefzoo.source import layer_hash
@@ -45,17 +45,29 @@ class AdapterOff(Policy):
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.model, policy.adapter, fp32_head=policy.fp32_head, base=policy.base)
 
-    @torch.no_grad()
-    def forward(self, tree: TreeBatch, **options: Any) -> Scores:  # type: ignore[override]
+    @contextlib.contextmanager
+    def _off(self) -> Iterator[None]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         try:
-            with self.adapter.disable_adapter():
-                return super().forward(tree, **options)
+            with self.adapter.disable_adapter(), torch.no_grad():
+                yield
         finally:  # peft turns on the gradients of every adapter when it comes back
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
             for parameter in trained:
                 parameter.requires_grad_(True)
+
+    def _whole(self, tree: TreeBatch, predict: Tensor) -> Tensor:
+        with self._off():
+            return super()._whole(tree, predict)
+
+    def _hidden(self, tree: TreeBatch) -> Tensor:
+        with self._off():
+            return super()._hidden(tree)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        with self._off():
+            return super()._head(hidden)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         return self

@@ -15,14 +15,18 @@ from prefzoo.models.tree import HOOK, TreeBatch
 
 LOGITS_BYTES = 2**30  # logits of a batch up to this size are kept; beyond, they are recomputed chunk by chunk
 Pooling = Literal["last", "mean"]
+Want = Literal["entropy", "log_sq", "kl", "prompt"]  # beside log-probabilities
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Flat scores of a tree batch: (C,) one per completion token, (B,) one per completion."""
+    """Flat scores of a tree batch: (C,) one per completion token, (R,) per prompt token, (B,) per completion."""
 
     logps_C: Tensor | None = None
     entropy_C: Tensor | None = None
+    log_sq_C: Tensor | None = None
+    kl_C: Tensor | None = None
+    prompt_logps_R: Tensor | None = None
     values_C: Tensor | None = None
     rewards_B: Tensor | None = None
 
@@ -58,8 +62,9 @@ def is_adapter(name: str) -> bool:
 class Policy(Role):
     """A causal language model that gives log p(token | what precedes it) at completion positions only.
 
-    ``logps_C = log_softmax(logits_C / temperature)[target]`` in float32 at least; ``entropy_C`` on request, with
-    gradient.
+    ``logps_C = log_softmax(logits_C / temperature)[target]`` in float32 at least. On request, all with gradient:
+    ``entropy_C``; ``log_sq_C``, log Σ_v p(v)²; ``kl_C``, the exact KL(other ‖ this) to the distribution of another
+    policy, without gradient into that; ``prompt_logps_R``, of the prompts' own tokens.
 
     Args:
         model: the transformers model.
@@ -87,30 +92,70 @@ class Policy(Role):
         factors = [p for name, p in self.named_parameters() if "lora_B" in name or "lora_embedding_A" in name]
         return self.adapter is not None and not any(bool(p.any()) for p in factors)
 
-    def forward(self, tree: TreeBatch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
+    def forward(
+        self,
+        tree: TreeBatch,
+        *,
+        temperature: float = 1.0,
+        want: frozenset[Want] = frozenset(),
+        other: Policy | None = None,
+    ) -> Scores:
         vocabulary = self.model.config.get_text_config().vocab_size
-        chunk = max(1, LOGITS_BYTES // (4 * vocabulary))
-        if len(tree.target_C) > chunk:
-            return self.chunked(tree, chunk, temperature, entropy)
-        if self.packed and not self.fp32_head:
-            logits = _run(self.model, tree, logits_to_keep=tree.predict_C).logits[0]
-            logps_C, entropy_C = _score_logits(logits, tree.target_C, temperature, entropy)
-        else:
-            hidden = run_trunk(trunk_of(self.model), tree)[tree.predict_C]
-            logps_C, entropy_C = self._head(hidden, tree.target_C, temperature, entropy)
-        return Scores(logps_C=logps_C, entropy_C=entropy_C)
+        chunk = max(1, LOGITS_BYTES // (4 * vocabulary * (1 if other is None else 2)))
+        predict, target = _places(tree, want)
+        if len(target) > chunk:
+            return self.chunked(tree, chunk, temperature, want, other)
+        theirs = None if other is None else other.frozen_logits(tree, predict)
+        return _scores(tree, want, _score_logits(self._logits(tree, predict), target, temperature, want, theirs))
 
-    def chunked(self, tree: TreeBatch, chunk: int, temperature: float = 1.0, entropy: bool = False) -> Scores:
+    def chunked(
+        self,
+        tree: TreeBatch,
+        chunk: int,
+        temperature: float = 1.0,
+        want: frozenset[Want] = frozenset(),
+        other: Policy | None = None,
+    ) -> Scores:
         """Too many logits to keep: hidden states are kept, and the head is run again in the backward pass."""
-        hidden = run_trunk(trunk_of(self.model), tree)[tree.predict_C]
-        parts = [
-            checkpoint(self._head, h, t, temperature, entropy, use_reentrant=False)
-            for h, t in zip(hidden.split(chunk), tree.target_C.split(chunk), strict=True)
-        ]
-        logps, entropies = zip(*parts, strict=True)
-        return Scores(logps_C=torch.cat(logps), entropy_C=torch.cat(entropies) if entropy else None)
+        predict, target = _places(tree, want)
+        hidden = self._hidden(tree)[predict]
+        theirs = [None] * -(-len(target) // chunk)
+        if other is not None:
+            with torch.no_grad():
+                theirs = other._hidden(tree)[predict].split(chunk)
 
-    def _head(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> Any:
+        def score(hidden: Tensor, target: Tensor, theirs: Tensor | None) -> dict[str, Tensor]:
+            if theirs is not None:
+                assert other is not None
+                with torch.no_grad():
+                    theirs = other._head(theirs)
+            return _score_logits(self._head(hidden), target, temperature, want, theirs)
+
+        parts = [
+            checkpoint(score, h, t, o, use_reentrant=False)
+            for h, t, o in zip(hidden.split(chunk), target.split(chunk), theirs, strict=True)
+        ]
+        return _scores(tree, want, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    @torch.no_grad()
+    def frozen_logits(self, tree: TreeBatch, predict: Tensor) -> Tensor:
+        """Logits at those positions, without gradient."""
+        return self._logits(tree, predict)
+
+    def _logits(self, tree: TreeBatch, predict: Tensor) -> Tensor:
+        if self.packed and not self.fp32_head:
+            return self._whole(tree, predict)
+        return self._head(self._hidden(tree)[predict])
+
+    # The three places where weights are used; AdapterOff wraps each.
+
+    def _whole(self, tree: TreeBatch, predict: Tensor) -> Tensor:
+        return _run(self.model, tree, logits_to_keep=predict).logits[0]
+
+    def _hidden(self, tree: TreeBatch) -> Tensor:
+        return run_trunk(trunk_of(self.model), tree)
+
+    def _head(self, hidden: Tensor) -> Tensor:
         """What the library does between hidden states and logits; check_packing compares it with the library's."""
         config = self.model.config.get_text_config()
         head = self.model.get_output_embeddings()
@@ -124,8 +169,25 @@ class Policy(Role):
             getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
         )
         logits = logits * (scale or 1.0) / (divisor or 1.0)
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        return _score_logits(logits, target, temperature, entropy)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _places(tree: TreeBatch, want: frozenset[Want]) -> tuple[Tensor, Tensor]:
+    """Positions whose outputs are scored, and the tokens that they predict: completions, then prompts if wanted."""
+    if "prompt" not in want:
+        return tree.predict_C, tree.target_C
+    prompts = tree.prompts
+    return (
+        torch.cat([tree.predict_C, prompts.predict_R]),
+        torch.cat([tree.target_C, tree.ids_N[prompts.own_R]]),
+    )
+
+
+def _scores(tree: TreeBatch, want: frozenset[Want], found: dict[str, Tensor]) -> Scores:
+    """By name and place: what was found at all positions that were scored."""
+    count = len(tree.target_C)
+    flat = {f"{name}_C": values[:count] for name, values in found.items()}
+    return Scores(**flat, prompt_logps_R=found["logps"][count:] if "prompt" in want else None)
 
 
 class Scorer(Role):
@@ -196,13 +258,26 @@ def _run(model: Any, tree: TreeBatch, **options: Any) -> Any:
     )  # fmt: skip
 
 
-def _score_logits(logits: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if temperature != 1.0:
-        logits = logits / temperature
+def _score_logits(
+    logits: Tensor, target: Tensor, temperature: float, want: frozenset[Want], theirs: Tensor | None
+) -> dict[str, Tensor]:
+    """What is wanted of the distribution at each position, by name."""
+
+    def tempered(logits: Tensor) -> Tensor:
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits if temperature == 1.0 else logits / temperature
+
+    logits = tempered(logits)
     log_normaliser = logits.logsumexp(-1)
-    logps = logits.gather(-1, target[:, None])[:, 0] - log_normaliser
-    if not entropy:
-        return logps, None
-    all_logps = logits - log_normaliser[:, None]
-    return logps, -(all_logps.exp() * all_logps).sum(-1)
+    found = {"logps": logits.gather(-1, target[:, None])[:, 0] - log_normaliser}
+    if want & {"entropy", "log_sq", "kl"}:
+        logps = logits - log_normaliser[:, None]
+        if "entropy" in want:
+            found["entropy"] = -(logps.exp() * logps).sum(-1)
+        if "log_sq" in want:
+            found["log_sq"] = (2 * logps).logsumexp(-1)
+        if "kl" in want:
+            assert theirs is not None
+            their_logps = tempered(theirs).log_softmax(-1)
+            found["kl"] = (their_logps.exp() * (their_logps - logps)).sum(-1)
+    return found

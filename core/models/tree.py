@@ -144,6 +144,15 @@ class PaddedRows:
 
 
 @dataclass(frozen=True)
+class PromptTokens:
+    """The R prompt tokens that have a prediction, all but the first of each of P prompts."""
+
+    predict_R: Tensor
+    own_R: Tensor
+    mask_PT: Tensor
+
+
+@dataclass(frozen=True)
 class TreeBatch:
     """One packed row: N tokens of prompts and completions, C of them completion tokens, of B completions."""
 
@@ -162,6 +171,17 @@ class TreeBatch:
     def padded(self) -> PaddedRows:
         """The same sequences for a model that cannot run on the packed row."""
         return PaddedRows.of(self.segments, self.ids_N.device)
+
+    @functools.cached_property
+    def prompts(self) -> PromptTokens:
+        """The prompts' own tokens, in the order of the prompts, for losses that see them."""
+        roots = self.segments.is_root
+        length = np.maximum(self.segments.length[roots] - 1, 0)
+        spans, valid = _spans(self.segments.start[:-1][roots], length)
+        device, width = self.ids_N.device, length.max(initial=0)
+        predict_R = torch.from_numpy(spans[valid]).to(device)
+        mask_PT = np.arange(width)[None] < length[:, None]
+        return PromptTokens(predict_R, predict_R + 1, torch.from_numpy(mask_PT).to(device))
 
     @classmethod
     def of(cls, samples: Samples, device: torch.device | str = "cpu") -> TreeBatch:

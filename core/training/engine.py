@@ -22,7 +22,7 @@ from prefzoo.data.samples import Samples
 from prefzoo.feedback import RewardSource
 from prefzoo.models.load import end_ids
 from prefzoo.models.reference import autocast, token_scores
-from prefzoo.models.roles import Policy, Scorer
+from prefzoo.models.roles import Policy, Scorer, Want
 from prefzoo.models.roles import Scores as ModelScores
 from prefzoo.models.tree import TreeBatch, micro_batches, shares
 from prefzoo.parts.credit import sequence_kl
@@ -38,7 +38,7 @@ from prefzoo.training.config import TrainConfig
 from prefzoo.training.determinism import rng_state, set_rng_state
 from prefzoo.training.guards import Monitor, Watchdog, gradient_norms, not_finite, words, write_post_mortem
 from prefzoo.training.metrics import Meter, RunLog
-from prefzoo.training.records import build_record, loss_mask
+from prefzoo.training.records import build_record, loss_mask, wanted
 from prefzoo.training.stopping import Stopping
 
 
@@ -262,6 +262,12 @@ class Engine:
         return self._flat(samples, self.policy, lambda tree: self.policy(tree, temperature=self.temperature).logps_C)
 
     @torch.no_grad()
+    def policy_entropy(self, samples: Samples) -> Tensor:
+        want = frozenset[Want]({"entropy"})
+        forward = lambda tree: self.policy(tree, temperature=self.temperature, want=want).entropy_C  # noqa: E731
+        return self._flat(samples, self.policy, forward)
+
+    @torch.no_grad()
     def reference_logps(self, samples: Samples) -> Tensor:
         assert self.reference is not None
         reference = self.reference
@@ -399,6 +405,8 @@ class Engine:
         self.spent.generated_tokens += len(samples.completions.flat)
         self.spent.reward_calls += len(samples.completions)
         self.watchdog.doing(f"scoring the samples of step {step + 1}")
+        if any("sampling_logps_BT" in t.loss.extras for t in stage.terms):
+            samples = samples.with_tokens(sampling_logps=samples.tokens["old_logps"])
         if source.top_p < 1 or not self.config.precision == self.config.dtype == "float32":
             # The sampler's numbers are not the learner's; the ratio must start at 1.
             samples = samples.with_tokens(old_logps=self.policy_logps(samples))
@@ -632,7 +640,6 @@ class Engine:
         """Role by role, each of its terms on a micro-batch: its summed loss, and the loss of rows or tokens. Their
         metrics go to the meter."""
         tree = TreeBatch.of(part, self.device)
-        mask_BT = None if part.kind == "pairs" else loss_mask(part, tree.mask_BT)  # a pair's loss is one value
         for role, trained in self.trained.items():
             terms = [t for t in trained.terms if t.rows == name]
             if not terms:
@@ -641,8 +648,8 @@ class Engine:
                 scores = self._forward(role, trained.module, tree, terms)
             losses = []
             for term in terms:
-                record = build_record(term.loss.family, part, scores, tree.mask_BT, shared)
-                out = term.loss(record)
+                record = build_record(term.loss.family, part, scores, tree, shared)
+                out, mask_BT = term.loss(record), record.loss_mask_BT
                 total = term.counted.total(out.loss, mask_BT, getattr(record, "weight_B", None))
                 losses.append((term, total, out.loss.detach()))
                 for metric, values in out.metrics.items():
@@ -657,15 +664,17 @@ class Engine:
 
     def _forward(self, role: str, module: nn.Module, tree: TreeBatch, terms: list[Term]) -> ModelScores:
         if role == POLICY:
-            entropy = any("entropy_BT" in t.loss.extras for t in terms)
-            return module(tree, temperature=self.temperature, entropy=entropy)
+            want = wanted(t.loss for t in terms)
+            other = self.reference if "kl" in want else None
+            return module(tree, temperature=self.temperature, want=want, other=other)
         return module(tree, values=role == CRITIC)
 
     def _size(self, term: Term, rows: Samples) -> float:
         """The term's count over the whole optimizer batch, known from masks before any forward."""
-        if rows.kind == "pairs":
-            return term.counted.size(len(rows), None, rows.pair_columns.get("weight"))
-        return term.counted.size(len(rows), loss_mask(rows, rows.mask_BT()), rows.columns.get("weight"))
+        mask_BT = loss_mask(rows, rows.mask_BT())
+        if rows.kind == "pairs":  # a loss of tokens lives on the chosen side
+            return term.counted.size(len(rows), mask_BT[0::2], rows.pair_columns.get("weight"))
+        return term.counted.size(len(rows), mask_BT, rows.columns.get("weight"))
 
     def _step(self, progress: float, number: int, norms: Mapping[str, Tensor]) -> None:
         factor = learning_rate_factor(progress, number, self.config)

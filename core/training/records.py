@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from prefzoo.data.samples import Samples, scatter
+from prefzoo.losses import Loss
 from prefzoo.models.roles import Scores as ModelScores
+from prefzoo.models.roles import Want
+from prefzoo.models.tree import TreeBatch
 from prefzoo.records import Likelihood, Pairs, PolicyGradient, Record, Scores, Unpaired, Values
+
+# What the policy's forward must give for a field that a loss declares in its extras.
+WANTED: Mapping[str, Want] = MappingProxyType({
+    "entropy_BT": "entropy", "chosen_log_sq_BT": "log_sq", "rejected_log_sq_BT": "log_sq", "chosen_kl_BT": "kl",
+    "rejected_kl_BT": "kl", "prompt_logps_BT": "prompt",
+})  # fmt: skip
+
+
+def wanted(losses: Iterable[Loss]) -> frozenset[Want]:
+    """What these losses need of the policy's distribution, beside log-probabilities."""
+    return frozenset(WANTED[e] for loss in losses for e in loss.extras if e in WANTED)
 
 
 def loss_mask(samples: Samples, mask_BT: Tensor) -> Tensor:
@@ -19,10 +35,10 @@ def loss_mask(samples: Samples, mask_BT: Tensor) -> Tensor:
 
 
 def build_record(
-    family: type[Record], samples: Samples, scores: ModelScores, mask_BT: Tensor, shared: Mapping[str, Tensor]
+    family: type[Record], samples: Samples, scores: ModelScores, tree: TreeBatch, shared: Mapping[str, Tensor]
 ) -> Record:
     """The record of one micro-batch. ``shared`` is what the prelude knows about the whole optimizer batch."""
-    device = mask_BT.device
+    mask_BT, device = tree.mask_BT, tree.mask_BT.device
     trained_BT = loss_mask(samples, mask_BT)
 
     def tokens(name: str) -> Tensor | None:
@@ -33,11 +49,19 @@ def build_record(
         value = columns.get(name)
         return None if value is None else value.to(device)
 
+    def sides(name: str, values_BT: Tensor | None) -> dict[str, Tensor]:
+        if values_BT is None:
+            return {}
+        return {name.format("chosen"): values_BT[0::2], name.format("rejected"): values_BT[1::2]}
+
+    def scored(flat_C: Tensor | None) -> Tensor | None:
+        return None if flat_C is None else scatter(flat_C, mask_BT)
+
     if family is Scores:
         assert scores.rewards_B is not None
         return Scores(
             chosen_B=scores.rewards_B[0::2], rejected_B=scores.rewards_B[1::2],
-            margin_B=column("margin", samples.pair_columns), weight_B=column("weight", samples.pair_columns),
+            **{f"{name}_B": column(name, samples.pair_columns) for name in ("margin", "probability", "tie", "weight")},
         )  # fmt: skip
     if family is Values:
         assert scores.values_C is not None
@@ -48,18 +72,22 @@ def build_record(
     assert scores.logps_C is not None
     logps_BT, ref_BT = scatter(scores.logps_C, mask_BT), tokens("ref_logps")
     if family is Pairs:
+        prompts: dict[str, Tensor] = {}
+        if scores.prompt_logps_R is not None:
+            row_B = torch.from_numpy(samples.prompt_B[0::2]).to(device)
+            prompt_mask_PT = tree.prompts.mask_PT
+            prompts["prompt_logps_BT"] = scatter(scores.prompt_logps_R, prompt_mask_PT)[row_B]
+            prompts["prompt_mask_BT"] = prompt_mask_PT[row_B]
         return Pairs(
-            chosen_logps_BT=logps_BT[0::2], rejected_logps_BT=logps_BT[1::2],
-            chosen_mask_BT=trained_BT[0::2], rejected_mask_BT=trained_BT[1::2],
-            ref_chosen_logps_BT=None if ref_BT is None else ref_BT[0::2],
-            ref_rejected_logps_BT=None if ref_BT is None else ref_BT[1::2],
-            margin_B=column("margin", samples.pair_columns), weight_B=column("weight", samples.pair_columns),
-        )  # fmt: skip
+            **sides("{}_logps_BT", logps_BT), **sides("{}_mask_BT", trained_BT), **sides("ref_{}_logps_BT", ref_BT),
+            **sides("{}_log_sq_BT", scored(scores.log_sq_C)), **sides("{}_kl_BT", scored(scores.kl_C)), **prompts,
+            **{f"{name}_B": column(name, samples.pair_columns) for name in ("margin", "probability", "weight")},
+        )  # type: ignore[arg-type]  # fmt: skip
     weight_B = column("weight", samples.columns)
     if family is Unpaired:
         return Unpaired(
             logps_BT=logps_BT, mask_BT=trained_BT, desirable_B=_need(column("desirable", samples.columns)),
-            ref_logps_BT=ref_BT, baseline=shared.get("baseline"), weight_B=weight_B,
+            ref_logps_BT=ref_BT, baseline=shared.get("baseline"), delta=shared.get("delta"), weight_B=weight_B,
         )  # fmt: skip
     if family is Likelihood:
         return Likelihood(logps_BT=logps_BT, mask_BT=trained_BT, weight_B=weight_B)
@@ -67,7 +95,8 @@ def build_record(
     return PolicyGradient(
         logps_BT=logps_BT, mask_BT=trained_BT, old_logps_BT=_need(tokens("old_logps")),
         advantages_BT=_need(tokens("advantages")), ref_logps_BT=ref_BT,
-        entropy_BT=None if scores.entropy_C is None else scatter(scores.entropy_C, mask_BT),
+        sampling_logps_BT=tokens("sampling_logps"), entropy_BT=scored(scores.entropy_C),
+        entropy_floor=shared.get("entropy_floor"),
     )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ from prefzoo.training.config import ONLY_DATASET, TrainConfig
 from prefzoo.training.engine import Engine
 from prefzoo.training.guards import Watchdog
 from prefzoo.training.metrics import RunLog
+from prefzoo.training.records import wanted
 from prefzoo.training.stopping import Stopping
 
 Note = Callable[[str], None]
@@ -327,7 +328,7 @@ def make_engine(
         raise UsageError("a moving reference follows a fully trained policy from its start: no lora, no reference=.")
     reference = None
     if REFERENCE in stage.needs:
-        live = stage.on_policy or stage.prelude is not None
+        live = stage.on_policy or stage.prelude is not None or "kl" in wanted(t.loss for t in stage.terms)
         reference = clone(policy) if moving else anchor or reference_of(policy, live=live)
         if not stage.on_policy and not moving:
             # Offline rows never change, so neither do their reference log-probabilities: once, before any step.
