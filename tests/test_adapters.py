@@ -199,6 +199,24 @@ def test_the_reference_of_a_fresh_adapter_is_the_model_under_it(variant: Any, ba
     assert all(torch.equal(late[k], p.grad) for k, p in policy.named_parameters() if p.grad is not None)
 
 
+def test_the_kl_to_the_model_under_an_adapter(base: Path) -> None:
+    """0 while the adapter is fresh; then that to the base, and the adapter is on again for the policy itself."""
+    policy = load_policy(base, adapter=Adapter("lora", rank=4))
+    other, tree, want = reference_of(policy, live=True), TreeBatch.of(ROWS), frozenset({"kl"})
+    kl = lambda against, p=policy: p(tree, want=want, other=against).kl_C  # noqa: E731
+    assert float(kl(other).detach().abs().max()) < 1e-6
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    moved = kl(other)
+    torch.testing.assert_close(moved, kl(load_policy(base)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.chunked(tree, 2, want=want, other=other).kl_C, moved, atol=1e-5, rtol=1e-5)
+    assert float(moved.detach().max()) > 1e-3
+    moved.sum().backward()
+    assert all((p.grad is not None) == is_adapter(n) for n, p in policy.named_parameters())
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_reference_of_a_fresh_adapter_takes_the_temperature(temperature: float, base: Path) -> None:
     policy = load_policy(base, adapter=Adapter(rank=4))

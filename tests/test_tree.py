@@ -391,6 +391,60 @@ def test_entropy_is_that_of_the_distribution() -> None:
     assert Policy(model)(tree).entropy_C is None
 
 
+EVERYTHING = frozenset({"entropy", "log_sq", "kl", "prompt"})
+
+
+@pytest.mark.parametrize("name", ["ours", "golden", "llama with grouped keys"])
+def test_what_is_wanted_of_the_distribution_is_that_of_the_library_one_by_one(name: str) -> None:
+    """log Σp², the exact KL to another policy and the prompts' own log-probabilities, against plain forwards."""
+    ours, theirs = (load_causal(MODELS[name]()) for _ in range(2))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(1.1)
+    rows = forest(12, trees=3)
+    tree = TreeBatch.of(pack_rows(rows))
+    with torch.no_grad():
+        found = Policy(ours)(tree, want=EVERYTHING, other=Policy(theirs), temperature=0.7)
+    log_sq, kl, prompts = [], [], []
+    for model in (ours, theirs):
+        model.set_attn_implementation("eager")
+    for prompt, completions in rows:
+        for completion in completions:
+            with torch.no_grad():
+                mine, other = (
+                    (m(torch.tensor([prompt + completion])).logits[0, :-1] / 0.7).log_softmax(-1)
+                    for m in (ours, theirs)
+                )
+            own = slice(len(prompt) - 1, None)
+            log_sq.append(mine[own].exp().square().sum(-1).log())
+            kl.append((other[own].exp() * (other[own] - mine[own])).sum(-1))
+        prompts.append(mine[: len(prompt) - 1].gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0])
+    torch.testing.assert_close(found.log_sq_C, torch.cat(log_sq), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.kl_C, torch.cat(kl), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.prompt_logps_R, torch.cat(prompts), atol=1e-5, rtol=1e-5)
+    assert tree.prompts.mask_PT.sum(-1).tolist() == [len(prompt) - 1 for prompt, _ in rows]
+
+
+def test_what_is_wanted_is_the_same_in_chunks_and_the_other_policy_gets_no_gradient() -> None:
+    ours, theirs = (load_causal(MODELS["golden"]()) for _ in range(2))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(1.1)
+    tree = TreeBatch.of(pack_rows(forest(7, trees=3)))
+    policy, other = Policy(ours), Policy(theirs)
+    whole = policy(tree, want=EVERYTHING, other=other)
+    chunked = policy.chunked(tree, 5, want=EVERYTHING, other=other)
+    moved = []
+    for scores in (whole, chunked):
+        names = ("logps_C", "entropy_C", "log_sq_C", "kl_C", "prompt_logps_R")
+        parts = [getattr(scores, n) for n in names]
+        moved.append(gradients(ours, sum((p * weights_of(p)).sum() for p in parts)))
+        for part, same in zip(parts, (getattr(whole, n) for n in names), strict=True):
+            torch.testing.assert_close(part, same, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(moved[1], moved[0])
+    assert all(p.grad is None for p in theirs.parameters())
+
+
 # ------------------------------------------------------------------------------------------------ heads
 
 
