@@ -133,13 +133,22 @@ class Pairs(Record):
         return self.rejected_mask_BT.sum(-1)
 
     @property
+    def ref_chosen_B(self) -> Tensor:
+        """Summed log-probability of the chosen completion under the reference."""
+        return masked_sum(_required(self.ref_chosen_logps_BT, "reference"), self.chosen_mask_BT)
+
+    @property
+    def ref_rejected_B(self) -> Tensor:
+        return masked_sum(_required(self.ref_rejected_logps_BT, "reference"), self.rejected_mask_BT)
+
+    @property
     def chosen_ratio_B(self) -> Tensor:
         """Log-ratio of policy to reference of the chosen completion, summed over its tokens."""
-        return self.chosen_B - masked_sum(_required(self.ref_chosen_logps_BT, "reference"), self.chosen_mask_BT)
+        return self.chosen_B - self.ref_chosen_B
 
     @property
     def rejected_ratio_B(self) -> Tensor:
-        return self.rejected_B - masked_sum(_required(self.ref_rejected_logps_BT, "reference"), self.rejected_mask_BT)
+        return self.rejected_B - self.ref_rejected_B
 
     def swapped(self) -> Pairs:
         """The same pairs with chosen and rejected exchanged, and so margin and probability."""
