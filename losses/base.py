@@ -34,6 +34,8 @@ class LossEntry(Entry):
 
     def refusal(self, modifier: Entry) -> str | None:
         """Why a modifier of the family does not apply to this loss; None where it does."""
+        if modifier.name in self.tags["refuses"]:
+            return self.tags["refuses"][modifier.name]
         own = next((k for k in modifier.options if k in self.own_options), None)
         if own is not None:
             return f"the loss has an option {own!r} of its own"
@@ -99,7 +101,9 @@ class Loss:
     @property
     def extras(self) -> tuple[str, ...]:
         """Fields of the record beyond log-probabilities and masks that it needs, such as ``entropy_BT``."""
-        wanted = [self.entry.tags["extras"], *(m.tags["extras"] for m, _ in self.modifiers)]
+        own = self.entry.tags["extras"]
+        own = own({**self.entry.own_options, **self.options}) if callable(own) else own
+        wanted = [own, *(m.tags["extras"] for m, _ in self.modifiers)]
         return tuple(dict.fromkeys(name for names in wanted for name in names))
 
     @property
@@ -125,9 +129,10 @@ def register_loss(
     aliases: tuple[str, ...] = (),
     count: str | None = None,
     reference: bool = True,
-    extras: tuple[str, ...] = (),
+    extras: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]] = (),
     whole_batch: bool = False,
     contrast: bool = False,
+    refuses: Mapping[str, str] = MappingProxyType({}),
     recommended: Mapping[str, Any] = MappingProxyType({}),
     exceptions: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
@@ -137,7 +142,8 @@ def register_loss(
     unit its paper averages over (default: ``"token"`` for the families of token losses, else ``"row"``).
     ``reference=False``: it needs no reference model. ``whole_batch``: it couples rows, so the engine must not split the
     batch. ``contrast``: it knows the two log-ratios of a pair through their difference only, so what both sides share
-    cancels. ``recommended``: values for the training of the algorithm of the same name. ``exceptions``: checks of
+    cancels. ``extras``: fields of the record that it needs beyond log-probabilities and masks, or a function from the
+    options to them. ``refuses``: modifiers that do not apply, and why. ``recommended``: values for the training of the algorithm of the same name. ``exceptions``: checks of
     ``prefzoo.testing.check_loss`` it fails, and why.
 
     >>> import torch.nn.functional as F
@@ -150,7 +156,7 @@ def register_loss(
     if function is None:
         return lambda f: register_loss(
             f, paper=paper, aliases=aliases, count=count, reference=reference, extras=extras, whole_batch=whole_batch,
-            contrast=contrast, recommended=recommended, exceptions=exceptions,
+            contrast=contrast, refuses=refuses, recommended=recommended, exceptions=exceptions,
         )  # fmt: skip
     family = _family(function, "loss", 0)
     return LOSSES.register(
@@ -163,6 +169,7 @@ def register_loss(
         extras=extras,
         whole_batch=whole_batch,
         contrast=contrast,
+        refuses=dict(refuses),
         recommended=dict(recommended),
         exceptions=dict(exceptions),
     )
