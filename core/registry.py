@@ -160,7 +160,7 @@ class Registry:
         self._loaded = True  # before the import: the provider itself registers here
         assert self._provider is not None
         importlib.import_module(self._provider)
-        plural = f"{self.kind}{'es' if self.kind.endswith('s') else 's'}"
+        plural = f"{self.kind}{'es' if self.kind.endswith('s') else 's'}".replace(" ", "_").lower()
         for point in importlib.metadata.entry_points(group=f"prefzoo.{plural}"):
             point.load()
 

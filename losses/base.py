@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from prefzoo.records import FAMILIES, LossOut, Record
 from prefzoo.registry import Entry, Registry, UsageError
@@ -61,6 +61,8 @@ class LossEntry(Entry):
 
 LOSSES = Registry("loss", provider="prefzoo.losses.catalogue", entry=LossEntry)
 MODIFIERS = Registry("modifier", provider="prefzoo.losses.catalogue")
+CREDITS = Registry("credit", provider="prefzoo.losses.catalogue")
+ESTIMATORS = Registry("KL estimator", provider="prefzoo.losses.catalogue")
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,9 @@ class Loss:
         for modifier, options in reversed(self.modifiers):
             call = functools.partial(modifier.function, call, **options)
         return call(batch)
+
+
+Extras = tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
 
 
 def register_loss(
@@ -184,22 +189,46 @@ def register_modifier(
     reference: bool = False,
     extras: tuple[str, ...] = (),
     refuses: Callable[[LossEntry], str | None] = lambda entry: None,
+    exceptions: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     """Register what changes many losses alike, as a function around a loss: ``modifier(loss, batch, *, option=off)``.
 
     Every loss of the batch's family gets its options, except where the loss has an option of that name itself or
     ``refuses`` says why not. At their defaults the options do nothing; the modifier is called where one of them has
     another value, and refuses a combination without effect. Modifiers of lower ``order`` lie outside. ``reference``:
-    only for losses that have one. ``extras``: fields of the record that it needs.
+    only for losses that have one. ``extras``: fields of the record that it needs. ``exceptions``: checks of
+    ``prefzoo.testing.check_loss`` that a loss may fail while it is on, and why.
     """
     if function is None:
         return lambda f: register_modifier(
-            f, paper=paper, order=order, reference=reference, extras=extras, refuses=refuses
+            f, paper=paper, order=order, reference=reference, extras=extras, refuses=refuses, exceptions=exceptions
         )
     family = _family(function, "modifier", 1)
     return MODIFIERS.register(
-        function, paper=paper, family=family, order=order, reference=reference, extras=extras, refuses=refuses
-    )
+        function, paper=paper, family=family, order=order, reference=reference, extras=extras, refuses=refuses,
+        exceptions=dict(exceptions),
+    )  # fmt: skip
+
+
+Gives = Literal["advantages", "rows", "rewards"]
+
+
+def register_credit(*, paper: str | None = None, gives: Gives = "advantages", aliases: tuple[str, ...] = ()) -> Any:
+    """Register a function from rewards to what each completion or token deserves, under its name.
+
+    ``gives``: ``"advantages"`` (of rows or tokens), ``"rows"`` (indices of completions) or ``"rewards"`` (of tokens).
+    """
+    return CREDITS.register(paper=paper, aliases=aliases, gives=gives)
+
+
+def register_estimator(
+    *, paper: str | None = None, name: str | None = None, needs: Literal["logps", "logits"] = "logps"
+) -> Any:
+    """Register an estimator of KL(π ‖ ref), under its function's name unless ``name`` is given.
+
+    ``needs``: two log-probabilities of the sampled token (``"logps"``), or ``"logits"`` over the whole vocabulary.
+    """
+    return ESTIMATORS.register(name=name, paper=paper, needs=needs)
 
 
 def _family(function: Callable[..., LossOut], kind: str, place: int) -> type[Record]:
