@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prefzoo.records import LossOut, PolicyGradient, masked_mean, masked_sum
 from prefzoo.theory.base import Finding
-from prefzoo.theory.policies import EnumerablePolicy, Tabular
+from prefzoo.theory.policies import EnumerablePolicy
 
 EXACT = 1e-9  # what float64 leaves of two ways to compute the same, relative to its size
 
@@ -40,6 +40,7 @@ class Draws:
 def draws(sampler: EnumerablePolicy, size: int = 1) -> Draws:
     """All batches of ``size`` independent responses of one prompt.
 
+    >>> from prefzoo.theory.policies import Tabular
     >>> drawn = draws(Tabular(vocabulary=2, length=1), size=2)
     >>> drawn.index_B.tolist(), round(float(drawn.weight_B[:: drawn.size].sum()), 12)
     ([0, 0, 0, 1, 1, 0, 1, 1], 1.0)
@@ -122,6 +123,15 @@ def kl(left: EnumerablePolicy, right: EnumerablePolicy) -> Tensor:
     """KL(left ‖ right) over whole responses, in nats."""
     left_R = left.log_probs()
     return (left_R.exp() * (left_R - right.log_probs())).sum()
+
+
+def nats(left: EnumerablePolicy, right: EnumerablePolicy) -> float:
+    return kl(left, right).item()
+
+
+def zeros(drawn: Draws) -> Tensor:
+    """No advantage for anything, (B,)."""
+    return torch.zeros(len(drawn.index_B), dtype=torch.float64)
 
 
 def difference(found: Tensor, exact: Tensor) -> float:
