@@ -1,8 +1,8 @@
 """Estimators of KL(π ‖ ref) at one sampled token, from its two log-probabilities; and the exact one, from all logits.
 
 With d = log π(a) - log ref(a) and a ~ π (Schulman, "Approximating KL divergence", 2020). Which estimator is good to
-*report* or to *subtract from a reward* is one question, where only the value counts; which is good to *differentiate*
-is another. In expectation over tokens of the policy itself:
+*report* is one question, where only the mean value counts; which is good to *differentiate* is another. In expectation
+over tokens of the policy itself:
 
     name         value           E[value]                E[gradient], when the value is differentiated as it stands
     k1           d               KL, unbiased, signed    0: it does not pull at all
@@ -13,8 +13,11 @@ is another. In expectation over tokens of the policy itself:
     k3_straight  as k3           as k3                   ∇ KL(π ‖ ref), that of k2
     exact        Σ_v π(v) d(v)   KL itself               ∇ KL(π ‖ ref) itself
 
-k1 and k3 multiplied by the differentiable ratio π / old also have the gradient of KL(π ‖ ref). A term of a loss
-differentiates; a reward does not.
+k1 and k3 multiplied by the differentiable ratio π / old also have the gradient of KL(π ‖ ref).
+
+Which is good to *subtract from a reward* is a third question: there each token's value is multiplied by its ∇ log π.
+Only k1 then gives ∇ KL(π ‖ ref). k3 gives ∇ KL(π ‖ ref) - ∇ KL(ref ‖ π), which near the reference is almost nothing:
+that its value is unbiased does not help.
 
 Only the exponent of k3 is clamped, from above, where ``exp`` would overflow (80 in float32 and bfloat16, 700 in
 float64). verl clamps k3 and OpenRLHF all three to ±10; TRL clamps nothing.
