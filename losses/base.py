@@ -21,7 +21,7 @@ class LossEntry(Entry):
     @property
     def modifiers(self) -> list[Entry]:
         """The modifiers that apply to this loss, outermost first."""
-        return [m for m in self._family_modifiers() if self.refusal(m) is None]
+        return [m for m in self.family_modifiers() if self.refusal(m) is None]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class LossEntry(Entry):
         return modifier.tags["refuses"](self)
 
     def check_options(self, options: Mapping[str, Any], kind: str) -> None:
-        for modifier in self._family_modifiers():
+        for modifier in self.family_modifiers():
             for key in modifier.options:
                 if key in options and key not in self.options:
                     raise UsageError(
@@ -53,7 +53,8 @@ class LossEntry(Entry):
                     )
         super().check_options(options, kind)
 
-    def _family_modifiers(self) -> list[Entry]:
+    def family_modifiers(self) -> list[Entry]:
+        """All modifiers of the family, outermost first, whether they apply or not."""
         found = [MODIFIERS.entry(name) for name in MODIFIERS.names()]
         found = [m for m in found if m.tags["family"] is self.tags["family"]]
         return sorted(found, key=lambda m: m.tags["order"])
@@ -89,9 +90,9 @@ class Loss:
     def modifiers(self) -> list[tuple[Entry, dict[str, Any]]]:
         """The modifiers that its options switch on, outermost first, each with the options given to it."""
         found = []
-        for modifier in self.entry.modifiers:
+        for modifier in self.entry.family_modifiers() if self.options else ():
             given = {k: v for k, v in self.options.items() if k in modifier.options}
-            if any(v != modifier.options[k] for k, v in given.items()):
+            if any(v != modifier.options[k] for k, v in given.items()) and self.entry.refusal(modifier) is None:
                 found.append((modifier, given))
         return found
 
@@ -134,9 +135,10 @@ def register_loss(
     aliases: tuple[str, ...] = (),
     count: str | None = None,
     reference: bool = True,
-    extras: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]] = (),
+    extras: Extras = (),
     whole_batch: bool = False,
     contrast: bool = False,
+    divergence: bool | None = None,
     refuses: Mapping[str, str] = MappingProxyType({}),
     recommended: Mapping[str, Any] = MappingProxyType({}),
     exceptions: Mapping[str, str] = MappingProxyType({}),
@@ -147,7 +149,8 @@ def register_loss(
     unit its paper averages over (default: ``"token"`` for the families of token losses, else ``"row"``).
     ``reference=False``: it needs no reference model. ``whole_batch``: it couples rows, so the engine must not split the
     batch. ``contrast``: it knows the two log-ratios of a pair through their difference only, so what both sides share
-    cancels. ``extras``: fields of the record that it needs beyond log-probabilities and masks, or a function from the
+    cancels. ``divergence``: whether it stays meaningful where the score of an f-divergence replaces the log-ratios
+    (default: as ``contrast``). ``extras``: fields of the record that it needs beyond log-probabilities and masks, or a function from the
     options to them. ``refuses``: modifiers that do not apply, and why. ``recommended``: values for the training of the
     algorithm of the same name. ``exceptions``: checks of ``prefzoo.testing.check_loss`` it fails, and why.
 
@@ -161,7 +164,7 @@ def register_loss(
     if function is None:
         return lambda f: register_loss(
             f, paper=paper, aliases=aliases, count=count, reference=reference, extras=extras, whole_batch=whole_batch,
-            contrast=contrast, refuses=refuses, recommended=recommended, exceptions=exceptions,
+            contrast=contrast, divergence=divergence, refuses=refuses, recommended=recommended, exceptions=exceptions,
         )  # fmt: skip
     family = _family(function, "loss", 0)
     return LOSSES.register(
@@ -174,6 +177,7 @@ def register_loss(
         extras=extras,
         whole_batch=whole_batch,
         contrast=contrast,
+        divergence=contrast if divergence is None else divergence,
         refuses=dict(refuses),
         recommended=dict(recommended),
         exceptions=dict(exceptions),

@@ -30,6 +30,21 @@ def safe_exp(exponent: Tensor) -> Tensor:
     return bounded(exponent).exp()
 
 
+def deformed(x: Tensor, alpha: float, limit: float | None = None) -> Tensor:
+    """(1 - exp(-alpha x)) / alpha: x bent downwards for alpha > 0, upwards below, x itself at 0. Its slope at 0 is 1.
+
+    With x = log u it is (1 - u^-alpha) / alpha, computed without u, which would underflow. ``limit``: where the
+    exponent is clamped (default: where ``exp`` overflows).
+
+    >>> deformed(torch.tensor([-1.0, 0.0, 1.0]), 1.0)
+    tensor([-1.7183,  0.0000,  0.6321])
+    """
+    if alpha == 0:
+        return x
+    limit = exponent_limit(x.dtype) if limit is None else limit
+    return -(-alpha * x).clamp(max=limit).expm1() / alpha
+
+
 def masked(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The values inside the mask, 0 outside: what stands outside reaches neither the result nor the gradient.
 
