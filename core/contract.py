@@ -593,7 +593,7 @@ def wrong_record(loss: Loss) -> None:
     else:
         raise ContractError(f"took a {other.__name__} for a {loss.family.__name__}.")
     record = _record(loss)
-    name, value = next((k, v) for k, v in record.tensors().items() if parts(k)[1].startswith("B"))
+    name, value = next((k, v) for k, v in record.tensors().items() if has_rows(k))
     try:
         with_fields(record, {name: value[:-1]})
     except UsageError as error:
@@ -636,12 +636,17 @@ def _tried(loss: Loss, name: str) -> dict[str, bool | None]:
     return found
 
 
-def _has_effect_beside(loss: Loss, name: str, options: Mapping[str, Any]) -> bool:
-    """Whether an option has an effect beside another value of another option of the same function."""
+def _has_effect_beside(loss: Loss, name: str, options: Mapping[str, Any], depth: int = 2) -> bool:
+    """Whether an option has an effect beside other values of one or two other options of the same function."""
     for beside in (o for o in options if o != name):
-        for value in _alternatives(loss, beside):
+        for value in dict.fromkeys([*_alternatives(loss, beside), loss.entry.options[beside]]):
             other = _with_options(loss, {beside: value})
-            if other is not None and _accepts(other) and any(_tried(other, name).values()):
+            if other is None or not _accepts(other):
+                continue
+            if any(_tried(other, name).values()):
+                return True
+            rest = {k: v for k, v in options.items() if k != beside}
+            if depth > 1 and _has_effect_beside(other, name, rest, depth - 1):
                 return True
     return False
 
@@ -653,9 +658,8 @@ def _value(loss: Loss, name: str) -> Any:
 def _alternatives(loss: Loss, name: str) -> list[Any]:
     """Other values of an option: the other names of a Literal, not for a bool, other numbers for a number or None."""
     value, hint = _value(loss, name), loss.entry.hints.get(name)
-    names = [v for arm in (hint, *typing.get_args(hint)) for v in typing.get_args(arm) if isinstance(v, str)]
-    if typing.get_origin(hint) is typing.Annotated:  # what it carries are words about a number
-        names = []
+    arms = [arm for arm in (hint, *typing.get_args(hint)) if typing.get_origin(arm) is typing.Literal]
+    names = [v for arm in arms for v in typing.get_args(arm) if isinstance(v, str)]
     if names:
         return [n for n in dict.fromkeys(names) if n != value]
     if isinstance(value, bool):
