@@ -150,9 +150,10 @@ def register_loss(
     ``reference=False``: it needs no reference model. ``whole_batch``: it couples rows, so the engine must not split the
     batch. ``contrast``: it knows the two log-ratios of a pair through their difference only, so what both sides share
     cancels. ``divergence``: whether it stays meaningful where the score of an f-divergence replaces the log-ratios
-    (default: as ``contrast``). ``extras``: fields of the record that it needs beyond log-probabilities and masks, or a function from the
-    options to them. ``refuses``: modifiers that do not apply, and why. ``recommended``: values for the training of the
-    algorithm of the same name. ``exceptions``: checks of ``prefzoo.testing.check_loss`` it fails, and why.
+    (default: as ``contrast``). ``extras``: fields of the record that it needs beyond log-probabilities and masks, or a
+    function from the options to them. ``refuses``: modifiers that do not apply, and why. ``recommended``: values for
+    the training of the algorithm of the same name. ``exceptions``: checks of ``prefzoo.testing.check_loss`` it fails,
+    and why.
 
     >>> import torch.nn.functional as F
     >>> from prefzoo.records import LossOut, Pairs

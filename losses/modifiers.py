@@ -48,7 +48,7 @@ def _couples_rows(entry: LossEntry) -> str | None:
     order=10,
     extras=("chosen_log_sq_BT", "rejected_log_sq_BT"),
     refuses=lambda entry: _of_tokens(entry) or _couples_rows(entry),
-    exceptions={"reference_shift": "the weight reads the policy's own probabilities"},
+    exceptions=dict.fromkeys(("reference_shift", "side_shift"), "the weight reads the policy's own probabilities"),
 )
 def wpo(loss: PairLoss, batch: Pairs, *, wpo: bool = False) -> LossOut:
     """Weighted preference optimization: a pair counts by how likely the policy itself would have written it.
@@ -105,7 +105,7 @@ def pair_weight(batch: Pairs) -> Tensor:
     paper="arXiv:2404.19733",
     order=20,
     refuses=_of_tokens,
-    exceptions={"reference_shift": "the likelihood term reads the policy's own log-probabilities"},
+    exceptions=dict.fromkeys(("reference_shift", "side_shift"), "the likelihood term reads the chosen side alone"),
 )
 def nll(loss: PairLoss, batch: Pairs, *, nll: NotNegative = 0.0) -> LossOut:
     """A likelihood term: the mean token NLL of the chosen completion is added to the loss of the pair.
@@ -241,6 +241,7 @@ Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
     paper="arXiv:2309.16240",
     order=50,
     reference=True,
+    exceptions={"side_shift": "the score is not linear in the log-ratio"},
     refuses=lambda entry: None if entry.tags["divergence"] else (
         "it does not know the two log-ratios through a difference, in which the constant of the divergence would cancel"
     ),
