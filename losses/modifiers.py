@@ -241,7 +241,10 @@ Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
     paper="arXiv:2309.16240",
     order=50,
     reference=True,
-    exceptions={"side_shift": "the score is not linear in the log-ratio"},
+    exceptions={
+        "side_shift": "the score is not linear in the log-ratio",
+        "options_have_effect": "the two conventions of alpha agree at its default, 0.5",
+    },
     refuses=lambda entry: None if entry.tags["divergence"] else (
         "it does not know the two log-ratios through a difference, in which the constant of the divergence would cancel"
     ),
