@@ -53,7 +53,7 @@ def grpo(
         source=Rollouts(group_size, temperature=temperature, max_new_tokens=max_new_tokens),
         feedback=Reward(missing_eos_penalty),
         keep=MaskTruncated() if mask_truncated else None,
-        credit=GroupRelative(std=std),
+        credit=GroupRelative("group" if std else "none"),
         terms=(surrogate, penalty) if kl else (surrogate,),
         schedule=Schedule(prompts_per_step, inner_epochs, minibatches),
     )

@@ -4,7 +4,7 @@ from typing import Literal
 
 from prefzoo.algorithm import Algorithm, Schedule, Term, register_algorithm
 from prefzoo.losses import create_loss
-from prefzoo.losses.kl import EstimatorName
+from prefzoo.losses.kl import ValueEstimatorName
 from prefzoo.parts.controllers import AdaptiveKL, FixedKL
 from prefzoo.parts.credit import GAE
 from prefzoo.parts.feedback import Reward
@@ -22,7 +22,7 @@ def ppo(
     kl: float = 0.05,
     kl_target: float | None = None,
     kl_horizon: int | None = None,
-    kl_estimator: EstimatorName = "k1",
+    kl_estimator: ValueEstimatorName = "k1",
     clip: float = 0.2,
     value_clip: float | None = 0.2,
     gamma: float = 1.0,
@@ -48,7 +48,7 @@ def ppo(
         kl: coefficient of the KL penalty in the reward, per token; the first value if ``kl_target`` is given.
         kl_target: KL per sequence (nats) that an adaptive controller steers to; None: fixed coefficient.
         kl_horizon: samples over which that controller acts; by default 10,000.
-        kl_estimator: k1 (signed log-ratio), k2 or k3.
+        kl_estimator: k1 (signed log-ratio), k2, k3 or abs.
         clip, value_clip: ranges of the ratio and of the change of values; ``value_clip=None``: not clipped.
         gamma, lam: of generalised advantage estimation.
         whiten: standardise advantages over the batch.

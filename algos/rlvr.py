@@ -44,7 +44,7 @@ def rlvr(
 
         prefzoo.train("rlvr", model="my-model", dataset="problems.jsonl", reward="numeric", max_steps=100)
     """
-    credits = {"group_relative": GroupRelative(std=std), "leave_one_out": LeaveOneOut()}
+    credits = {"group_relative": GroupRelative("group" if std else "none"), "leave_one_out": LeaveOneOut()}
     if estimator not in credits:
         raise UsageError(f"rlvr: estimator is {estimator!r}; it must be one of {', '.join(credits)}.")
     if estimator == "leave_one_out" and not std:

@@ -329,7 +329,7 @@ def trl_grpo(
         ),
         feedback=Reward(),
         keep=MaskTruncated() if mask_truncated_completions else None,
-        credit=GroupRelative(std=scale == "group"),
+        credit=GroupRelative("group" if scale == "group" else "none"),
         terms=(surrogate, Term(kl, count=count, weight=beta)) if beta else (surrogate,),
         schedule=generation_schedule(
             num_generations, per_device_train_batch_size, gradient_accumulation_steps, steps_per_generation,

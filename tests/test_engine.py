@@ -316,7 +316,9 @@ def test_a_constant_reward_teaches_nothing(algorithm: Algorithm, constant: float
         assert row["grad_norm"] == 0.0 and row["frac_reward_zero_std"] == 1.0 and row["reward_std"] == 0.0
 
 
-@pytest.mark.parametrize("credit", [GroupRelative(), GroupRelative(std=False), LeaveOneOut()], ids=repr)
+@pytest.mark.parametrize(
+    "credit", [GroupRelative(), GroupRelative("batch"), GroupRelative("none"), LeaveOneOut()], ids=repr
+)
 def test_equal_rewards_have_no_advantage_whatever_their_rounding(credit: Any) -> None:
     """7.4e-5 instead of 0 for eight rewards of 0.1, 0.009 for seven of 15.7; AdamW makes full steps of it."""
     for size in range(2, 17):

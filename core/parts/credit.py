@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prefzoo.data.samples import Samples
 from prefzoo.losses import advantages
-from prefzoo.losses.kl import EstimatorName, kl_estimator
+from prefzoo.losses.kl import ValueEstimatorName, kl_estimator
 from prefzoo.parts.controllers import AdaptiveKL, FixedKL
 from prefzoo.parts.roles import CRITIC, REFERENCE
 from prefzoo.registry import UsageError
@@ -17,9 +17,12 @@ from prefzoo.registry import UsageError
 
 @dataclass(frozen=True)
 class GroupRelative:
-    """A = (R - mean of its group) / (std of its group + eps); without ``std`` the difference alone."""
+    """A = (R - mean of its group) / (std + eps), with the std of the group or the batch; or the difference alone.
 
-    std: bool = True
+    ``scale``: ``"group"``, ``"batch"`` or ``"none"``, as in ``prefzoo.losses.advantages.group_relative``.
+    """
+
+    scale: advantages.Scale = "group"
     eps: float = 1e-4
 
     gives = "advantages"
@@ -28,7 +31,7 @@ class GroupRelative:
 
     def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
         group_B = torch.from_numpy(samples.prompt_B)
-        return _per_token(samples, advantages.group_relative(scores_B, group_B, std=self.std, eps=self.eps))
+        return _per_token(samples, advantages.group_relative(scores_B, group_B, scale=self.scale, eps=self.eps))
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class GAE:
     lam: float = 0.95
     gamma: float = 1.0
     kl: FixedKL | AdaptiveKL = field(default_factory=FixedKL)
-    estimator: EstimatorName = "k1"
+    estimator: ValueEstimatorName = "k1"
     whiten: bool = True
 
     gives = "advantages"
@@ -105,7 +108,7 @@ def _per_token(samples: Samples, advantage_B: Tensor) -> Samples:
     return samples.with_tokens(advantages=advantage_B.repeat_interleave(lengths_B))
 
 
-def sequence_kl(samples: Samples, estimator: EstimatorName = "k1") -> Tensor:
+def sequence_kl(samples: Samples, estimator: ValueEstimatorName = "k1") -> Tensor:
     """Estimated KL to the reference of each sampled completion, (B,), in nats."""
     kl_C = kl_estimator(estimator)(samples.tokens["old_logps"], samples.tokens["ref_logps"])
     owner_C = torch.repeat_interleave(

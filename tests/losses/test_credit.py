@@ -108,7 +108,7 @@ def by_group(rewards_B: Tensor, group_B: Tensor) -> Iterator[tuple[list[int], li
 @pytest.mark.parametrize("missing", [False, True])
 def test_group_relative(seed: int, missing: bool) -> None:
     rewards_B, group_B = groups(seed, missing=missing)
-    plain_B, scaled_B = group_relative(rewards_B, group_B, std=False), group_relative(rewards_B, group_B, eps=0.0)
+    plain_B, scaled_B = group_relative(rewards_B, group_B, scale="none"), group_relative(rewards_B, group_B, eps=0.0)
     assert bool((plain_B[rewards_B.isnan()] == 0).all())
     for rows, rewards in by_group(rewards_B, group_B):
         assert float(plain_B[rows].sum()) == pytest.approx(0, abs=1e-12)
@@ -122,7 +122,7 @@ def test_group_relative(seed: int, missing: bool) -> None:
 @pytest.mark.parametrize("missing", [False, True])
 def test_leave_one_out(seed: int, missing: bool) -> None:
     rewards_B, group_B = groups(seed, missing=missing)
-    advantages_B, centred_B = leave_one_out(rewards_B, group_B), group_relative(rewards_B, group_B, std=False)
+    advantages_B, centred_B = leave_one_out(rewards_B, group_B), group_relative(rewards_B, group_B, scale="none")
     assert bool((advantages_B[rewards_B.isnan()] == 0).all())
     for rows, rewards in by_group(rewards_B, group_B):
         size = len(rows)
@@ -218,7 +218,7 @@ def test_best_of_k(seed: int, k: int) -> None:
     for rows, scores in by_group(scores_B, group_B):
         ranked = sorted(zip(rows, scores, strict=True), key=lambda pair: (-pair[1], pair[0]))
         expected += [row for row, _ in ranked[:k]]
-    assert best_of_k(scores_B, group_B, k).tolist() == expected
+    assert best_of_k(scores_B, group_B, k=k).tolist() == expected
 
 
 def test_best_of_k_at_the_edges() -> None:
