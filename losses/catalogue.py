@@ -1,5 +1,29 @@
 """Imports every module that registers a loss or a modifier: the provider of both registries."""
 
-from prefzoo.losses import likelihood, modifiers, pairwise, policy_gradient, ranked, reward, unpaired, value
+from prefzoo.losses import (
+    likelihood,
+    modifiers,
+    pairwise,
+    pairwise_sides,
+    policy_gradient,
+    policy_modifiers,
+    policy_sequence,
+    ranked,
+    reward,
+    unpaired,
+    value,
+)
 
-__all__ = ["likelihood", "modifiers", "pairwise", "policy_gradient", "ranked", "reward", "unpaired", "value"]
+__all__ = [
+    "likelihood",
+    "modifiers",
+    "pairwise",
+    "pairwise_sides",
+    "policy_gradient",
+    "policy_modifiers",
+    "policy_sequence",
+    "ranked",
+    "reward",
+    "unpaired",
+    "value",
+]
