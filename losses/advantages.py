@@ -428,7 +428,8 @@ def shaped_rewards(
         logps_BT: log-probabilities of the policy that sampled the completions, in nats. ref_logps_BT: the reference's.
         mask_BT: the tokens that the policy chose.
         kl: coefficient, in reward units per nat.
-        estimator: ``"k1"``, ``"k2"``, ``"k3"`` or ``"abs"``; only the value counts here: k1 and k3 are both unbiased.
+        estimator: ``"k1"``, ``"k2"``, ``"k3"`` or ``"abs"``. The mean reward is right with k1 and k3, its gradient with
+            k1 alone: with k3 the penalty hardly pulls near the reference (``prefzoo.losses.kl``).
 
     Returns:
         Token rewards, (B, T), 0 outside the mask. A row without any token has no place for its score.
