@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -197,7 +197,7 @@ def pure(loss: Loss) -> None:
 
 def gradient_reaches_policy(loss: Loss) -> None:
     """Some log-probability, score or value of the trained model receives gradient."""
-    _, gradients = _gradients(loss, _record(loss))
+    _, gradients = _gradients(loss, _record(loss, rows=16))  # enough that a clip or a mask leaves some
     if not any(bool((g != 0).any()) for g in gradients.values()):
         raise ContractError(
             f"no gradient reaches {', '.join(gradients)}: a .detach(), torch.no_grad() or item() stands on the path, "
@@ -393,8 +393,13 @@ def reference_shift(loss: Loss) -> None:
         )
 
 
+UNDECLARED_CONTRAST = (
+    "only the difference of the two log-ratios matters: contrast=True would say so, and let modifiers of it apply"
+)
+
+
 def side_shift(loss: Loss) -> None:
-    """What the two log-ratios of a pair share cancels where ``contrast=True`` says so, and only there."""
+    """What the two log-ratios of a pair share cancels where the loss is registered with ``contrast=True``."""
     if loss.family is not Pairs:
         raise NotApplicable(f"{loss.family.__name__} has no sides with tokens")
     record = _record(loss)
@@ -408,11 +413,8 @@ def side_shift(loss: Loss) -> None:
             "one constant added to both log-ratios of a pair changes the loss or its gradient, though it is registered "
             "with contrast=True. Is a side scaled, clamped or divided by its length on its own? Or register without it."
         )
-    if not loss.entry.tags["contrast"] and cancels and not loss.modifiers:
-        raise ContractError(
-            "the loss knows the two log-ratios through their difference only: register it with contrast=True, so that "
-            "what builds on the difference applies to it."
-        )
+    if not loss.entry.tags["contrast"]:
+        raise NotApplicable(UNDECLARED_CONTRAST if cancels and not loss.modifiers else "each side counts by itself")
 
 
 def swap(loss: Loss) -> None:
@@ -613,13 +615,13 @@ def options_have_effect(loss: Loss) -> None:
     for options in (loss.entry.own_options, *active):
         for name in options:
             tried = _tried(loss, name)
-            if not any(tried.values()) and False in tried.values():
+            if not any(tried.values()) and False in tried.values() and not _agrees_by_number(loss, name, options):
                 accepted = ", ".join(other for other, differs in tried.items() if differs is False)
                 raise ContractError(
                     f"option {name!r} changes nothing (tried {accepted} for {_value(loss, name)!r}). Use it, drop it, "
                     "or raise a UsageError where it has no effect."
                 )
-            if not any(tried.values()) and not _has_effect_beside(loss, name, options):
+            if not any(tried.values()) and False not in tried.values() and not _has_effect_beside(loss, name, options):
                 raise ContractError(
                     f"option {name!r} is refused at every value tried ({', '.join(tried)}), whatever the options "
                     "beside it: drop it, or let it in."
@@ -636,19 +638,25 @@ def _tried(loss: Loss, name: str) -> dict[str, bool | None]:
     return found
 
 
-def _has_effect_beside(loss: Loss, name: str, options: Mapping[str, Any], depth: int = 2) -> bool:
-    """Whether an option has an effect beside other values of one or two other options of the same function."""
+def _has_effect_beside(loss: Loss, name: str, options: Iterable[str], depth: int = 2) -> bool:
+    """Whether an option has an effect beside other values of (two of) the other options of its function."""
     for beside in (o for o in options if o != name):
-        for value in dict.fromkeys([*_alternatives(loss, beside), loss.entry.options[beside]]):
+        default = loss.entry.options[beside]  # the way back, where the option that refuses is one of those given
+        for value in (*_alternatives(loss, beside), *([default] if default != _value(loss, beside) else [])):
             other = _with_options(loss, {beside: value})
             if other is None or not _accepts(other):
                 continue
-            if any(_tried(other, name).values()):
-                return True
-            rest = {k: v for k, v in options.items() if k != beside}
-            if depth > 1 and _has_effect_beside(other, name, rest, depth - 1):
+            rest = [o for o in options if o != beside]
+            if any(_tried(other, name).values()) or (depth > 1 and _has_effect_beside(other, name, rest, depth - 1)):
                 return True
     return False
+
+
+def _agrees_by_number(loss: Loss, name: str, options: Iterable[str]) -> bool:
+    """Whether two values agree only because of the number another option has; a number of 0 is a switch."""
+    numbers = [o for o in options if o != name and isinstance(_value(loss, o), float) and _value(loss, o) != 0]
+    others = [_with_options(loss, {beside: value}) for beside in numbers for value in _alternatives(loss, beside)]
+    return any(any(_tried(other, name).values()) for other in others if other is not None)
 
 
 def _value(loss: Loss, name: str) -> Any:
@@ -714,18 +722,20 @@ def modifiers_keep_contract(loss: Loss) -> None:
         raise NotApplicable("a modifier is on already")
     if not loss.entry.modifiers:
         raise NotApplicable("no modifier applies to the loss")
+    failures = []
     for modifier in loss.entry.modifiers:
         variants = list(switched_on(loss, modifier))
         if not variants:
-            raise ContractError(
+            failures.append(
                 f"modifier {modifier.name!r} applies, but every value of its options is refused: register it with "
                 "refuses=..., which says why it does not apply."
             )
-        for variant in variants:
-            _keeps_contract(variant)
+        failures += [failure for variant in variants for failure in _failures(variant)]
+    if failures:
+        raise ContractError("\n  ".join(failures))
 
 
-def _keeps_contract(variant: Loss) -> None:
+def _failures(variant: Loss) -> Iterator[str]:
     words = ", ".join(f"{k}={v!r}" for m, options in variant.modifiers for k, v in options.items())
     allowed = exceptions_of(variant)
     for name, check in CHECKS.items():
@@ -736,9 +746,9 @@ def _keeps_contract(variant: Loss) -> None:
         except NotApplicable:
             continue
         except ContractError as error:
-            raise ContractError(f"with {words} it breaks {name!r}: {error}") from error
+            yield f"with {words} it breaks {name!r}: {error}"
         except Exception as error:
-            raise ContractError(f"with {words} {name!r} raised {type(error).__name__}: {error}") from error
+            yield f"with {words} {name!r} raised {type(error).__name__}: {error}"
 
 
 def switched_on(loss: Loss, modifier: Entry) -> Iterator[Loss]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -58,9 +59,9 @@ class Entry:
         """First line of the docstring."""
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
 
-    @property
+    @functools.cached_property
     def own_options(self) -> dict[str, Any]:
-        """Keyword-only options of the function, with their defaults."""
+        """Keyword-only options of the function, with their defaults; made once, so not to be changed."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 

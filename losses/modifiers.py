@@ -105,7 +105,9 @@ def pair_weight(batch: Pairs) -> Tensor:
     paper="arXiv:2404.19733",
     order=20,
     refuses=_of_tokens,
-    exceptions=dict.fromkeys(("reference_shift", "side_shift"), "the likelihood term reads the chosen side alone"),
+    exceptions=dict.fromkeys(
+        ("reference_shift", "side_shift", "swap"), "the likelihood term reads the chosen side alone"
+    ),
 )
 def nll(loss: PairLoss, batch: Pairs, *, nll: NotNegative = 0.0) -> LossOut:
     """A likelihood term: the mean token NLL of the chosen completion is added to the loss of the pair.
