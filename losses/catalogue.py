@@ -1,8 +1,12 @@
 """Imports every module that registers a loss or a modifier: the provider of both registries."""
 
 from prefzoo.losses import (
+    advantages,
+    distribution,
+    kl,
     likelihood,
     modifiers,
+    offline,
     pairwise,
     pairwise_sides,
     policy_gradient,
@@ -15,8 +19,12 @@ from prefzoo.losses import (
 )
 
 __all__ = [
+    "advantages",
+    "distribution",
+    "kl",
     "likelihood",
     "modifiers",
+    "offline",
     "pairwise",
     "pairwise_sides",
     "policy_gradient",
