@@ -43,6 +43,17 @@ def clipped_objective(ratio: Tensor, advantages: Tensor, clip: float, clip_high:
     return torch.minimum(plain, clipped), (clipped < plain).to(ratio.dtype)
 
 
+def by_case(case: Tensor, where: float, elsewhere: float, like: Tensor) -> Tensor:
+    """One number where the case holds, another elsewhere, in the precision of ``like``.
+
+    ``torch.where`` of two Python numbers would round them to float32.
+
+    >>> by_case(torch.tensor([True, False]), 1.0, 1.05, torch.zeros(2, dtype=torch.float64))
+    tensor([1.0000, 1.0500], dtype=torch.float64)
+    """
+    return torch.full_like(like, elsewhere).masked_fill(case, where)
+
+
 @torch.no_grad()
 def ratio_metrics(
     log_ratio_BT: Tensor, ratio: Tensor | None = None, clip_ratio: Tensor | None = None
@@ -258,7 +269,7 @@ def sapo(batch: PolicyGradient, *, temperature_pos: Positive = 1.0, temperature_
     """
     advantages_BT = masked(batch.advantages_BT.detach(), batch.mask_BT)
     log_ratio_BT = log_ratios(batch)
-    tau_BT = torch.where(advantages_BT > 0, temperature_pos, temperature_neg).to(advantages_BT.dtype)
+    tau_BT = by_case(advantages_BT > 0, temperature_pos, temperature_neg, advantages_BT)
     sigmoid_BT = torch.sigmoid(tau_BT * (safe_exp(log_ratio_BT) - 1))
     gate_BT = (4 * sigmoid_BT * (1 - sigmoid_BT)).detach()
     return LossOut(-4 / tau_BT * sigmoid_BT * advantages_BT, {**ratio_metrics(log_ratio_BT), "gate": gate_BT})

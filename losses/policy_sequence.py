@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prefzoo.losses.base import register_loss
 from prefzoo.losses.numerics import masked, safe_exp
-from prefzoo.losses.policy_gradient import clipped_objective, log_ratios, ratio_metrics
+from prefzoo.losses.policy_gradient import by_case, clipped_objective, log_ratios, ratio_metrics
 from prefzoo.losses.policy_modifiers import Correction, batch_weights
 from prefzoo.records import LossOut, PolicyGradient, masked_mean, masked_sum
 from prefzoo.registry import NotNegative, Positive
@@ -268,8 +268,8 @@ def vespo(
         log_w_B = log_w_B + (masked_mean(log_weight_BT, batch.mask_BT) if whole else log_weight_BT.sum(-1))
     log_w_BT = log_w_B.clamp(LOG_WEIGHT_MIN, LOG_WEIGHT_MAX)[:, None].expand_as(log_ratio_BT)
     positive_BT = advantages_BT >= 0
-    k_BT = torch.where(positive_BT, k_pos, k_neg).to(log_w_BT.dtype)
-    lambda_BT = torch.where(positive_BT, lambda_pos, lambda_neg).to(log_w_BT.dtype)
+    k_BT = by_case(positive_BT, k_pos, k_neg, advantages_BT)
+    lambda_BT = by_case(positive_BT, lambda_pos, lambda_neg, advantages_BT)
     phi_BT = safe_exp(k_BT * log_w_BT - lambda_BT * log_w_BT.expm1())
     loss_BT = -phi_BT * advantages_BT * masked(batch.logps_BT, batch.mask_BT)
     return LossOut(loss_BT, {**ratio_metrics(log_ratio_BT, log_w_BT[:, 0].exp()), "phi": phi_BT})
