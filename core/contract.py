@@ -111,10 +111,14 @@ def _record(loss: Loss, seed: int = 0, **options: Any) -> Any:
 
 def _moves(loss: Loss, record: Record, fields: Iterable[str], *, metrics: bool = False) -> bool:
     """Whether other numbers in these fields change the loss or its gradient (or, if asked for, its metrics)."""
-    tensors = record.tensors()
-    moved = with_fields(
-        record, {k: 0.5 * v - 0.3 if v.is_floating_point() else ~v for k, v in tensors.items() if k in fields}
-    )
+    given = {k: v for k, v in record.tensors().items() if k in fields}
+    halved = {k: 0.5 * v - 0.3 if v.is_floating_point() else ~v for k, v in given.items()}
+    flipped = {k: -v if v.is_floating_point() else ~v for k, v in given.items()}  # what is compared to a threshold
+    return any(_differ(loss, record, with_fields(record, other), metrics) for other in (halved, flipped))
+
+
+def _differ(loss: Loss, record: Record, moved: Record, metrics: bool) -> bool:
+    """Whether the loss, its gradient or (if asked for) its metrics are other ones on these two records."""
     out, gradients = _gradients(loss, record)
     new_out, new_gradients = _gradients(loss, moved)
     if not torch.equal(_rows_of(out, record), _rows_of(new_out, moved)):

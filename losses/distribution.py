@@ -144,7 +144,7 @@ def token_logps(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Entropy over the vocabulary at each position, in nats.
 
-    >>> entropy(torch.tensor([0.0, 0.0, -torch.inf]]))
+    >>> entropy(torch.tensor([[0.0, 0.0, -torch.inf]]))
     tensor([0.6931])
     """
     logps = log_probs(logits, temperature)

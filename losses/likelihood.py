@@ -180,8 +180,8 @@ def hpo(batch: Likelihood, *, beta: Positive = 1.0, cap: Positive = 20.0) -> Los
 
     Convention: HPO is this term beside a preference loss (``kto`` in the paper, any other works), with a coefficient
     as the term's weight. What is a loss stands here; the sum is the algorithm's, and V(x), a learned value or the mean
-    of the prompt's completions, is the credit's. For one completion the arithmetic is that of ``awr``; the count is not:
-    ``row_sum``, the likelihood of whole completions. The cap is ``awr``'s.
+    of the prompt's completions, is the credit's. For one completion the arithmetic is that of ``awr``; the count is
+    not: ``row_sum``, the likelihood of whole completions. The cap is ``awr``'s.
 
     Known failure: no completion is pushed down: what the auxiliary reward forbids fades only because others grow.
 
