@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from prefzoo.theory.divergences import token_kl, visited
 from prefzoo.theory.expectations import (
     EXACT,
     Draws,
+    alike,
     bias,
     difference,
     draws,
@@ -50,7 +52,7 @@ def group_ascent(
     return ascent(policy, drawn, credit(rewards_R[drawn.index_B], drawn.batch_B), unit)
 
 
-def batch_ascent(policy: EnumerablePolicy, rewards_R: Tensor, credit: Callable[[Tensor], Tensor], size: int) -> Tensor:
+def batch_ascent(policy: EnumerablePolicy, credit: Callable[[Tensor], Tensor], size: int) -> Tensor:
     """As ``group_ascent``; the credit is called with the rows of one batch after another."""
     drawn = draws(policy, size)
     return ascent(policy, drawn, torch.cat([credit(drawn.index_B[rows]) for rows in drawn.batches()]))
@@ -85,14 +87,14 @@ def group_relative(entry: str) -> Iterator[Finding]:
     """The mean over all groups, with and without the standard deviation, and with the counts of GRPO and DAPO."""
 
     def plain(rewards_B: Tensor, group_B: Tensor) -> Tensor:
-        return advantages.group_relative(rewards_B, group_B, std=False)
+        return advantages.group_relative(rewards_B, group_B, scale="none")
 
     def scaled(rewards_B: Tensor, group_B: Tensor) -> Tensor:
         return advantages.group_relative(rewards_B, group_B, eps=1e-13)
 
     for size in (2, 3):
         measured = worst_difference(lambda p, r, n=size: group_ascent(p, r, plain, n), (size - 1) / size)  # type: ignore[misc]
-        claim = f"std=False, G = {size}: (G - 1)/G times the exact gradient of the mean reward"
+        claim = f"scale='none', G = {size}: (G - 1)/G times the exact gradient of the mean reward"
         yield Finding(entry, "expectation", claim, measured, EXACT)
 
     policy = policies()[0]
@@ -104,7 +106,11 @@ def group_relative(entry: str) -> Iterator[Finding]:
     claim = "G = 2: not of the mean reward but, over √2, of P(win) - P(loss) against the policy as it now is"
     found = group_ascent(policy, rewards_R, scaled, 2)
     yield Finding(entry, "gradient", claim, difference(found, wins / math.sqrt(2)), 1e-8)
-    yield bias(entry, "G = 3, divided by the standard deviation", group_ascent(policy, rewards_R, scaled, 3), exact)
+    found = group_ascent(policy, rewards_R, scaled, 3)
+    yield bias(entry, "G = 3, against the mean reward, scaled to the size of its gradient", alike(found, exact), exact)
+    claim = "scale='batch', a batch of one group: as scale='group'"
+    batch, group = (advantages.group_relative(rewards_R, torch.zeros(15).long(), scale=s) for s in ("batch", "group"))
+    yield Finding(entry, "identity", claim, (batch - group).abs().max().item(), EXACT)
 
     right_R = (rewards_R > 0.8).double()
     p = (probs_R * right_R).sum().item()
@@ -112,8 +118,11 @@ def group_relative(entry: str) -> Iterator[Finding]:
     weight = binary_weight(p, 3)
     claim = "rewards 0 and 1, G = 3: the exact gradient of the success rate p, times a weight that depends on p alone"
     yield Finding(entry, "gradient", claim, difference(found, weight * objective_gradient(policy, right_R)), 1e-8)
-    claim = "rewards 0 and 1, G = 3: how much more a prompt with p = 0.02 weighs than one with p = 0.5"
-    yield Finding(entry, "bias", claim, measured_weight(0.02, 3) / measured_weight(0.5, 3), None)
+    claim = "rewards 0 and 1, G = 3: the weight is the same for every p, 2/√3; relative difference at p = 0.02"
+    measured = abs(measured_weight(0.02, 3) * math.sqrt(3) / 2 - 1)
+    yield Finding(entry, "identity", claim, measured, 1e-8)
+    claim = "rewards 0 and 1, G = 8: how many times more a prompt with p = 0.02 weighs than one with p = 0.5"
+    yield Finding(entry, "bias", claim, measured_weight(0.02, 8) / measured_weight(0.5, 8), None)
     claim = "rewards 0 and 1, G = 256, p = 0.3: the weight is 1/√(p(1 - p)), relative difference"
     measured = abs(measured_weight(0.3, 256) * math.sqrt(0.3 * 0.7) - 1)
     yield Finding(entry, "limit", claim, measured, 0.01)
@@ -122,12 +131,12 @@ def group_relative(entry: str) -> Iterator[Finding]:
     mean = (probs_R * rewards_R).sum().item()
     shorter = objective_gradient(policy, (rewards_R - mean) / length_R)
     found = group_ascent(policy, rewards_R, plain, 2, "row")
-    claim = "std=False, count 'row' (GRPO's), G = 2: half the gradient of the mean of (R - its mean) / length"
+    claim = "scale='none', count 'row' (GRPO's), G = 2: half the gradient of the mean of (R - its mean) / length"
     yield Finding(entry, "gradient", claim, difference(found, shorter / 2), EXACT)
     each = (probs_R * length_R).sum().item()
-    yield bias(entry, "std=False, count 'row', against the mean reward per token", 2 * each * found, exact)
+    yield bias(entry, "scale='none', count 'row', against the mean reward per token", 2 * each * found, exact)
     found = group_ascent(policy, rewards_R, plain, 2, "token")
-    claim = "std=False, count 'token' (DAPO's), G = 2, against the mean reward per token"
+    claim = "scale='none', count 'token' (DAPO's), G = 2, against the mean reward per token"
     yield bias(entry, claim, 2 * each * found, exact)
     yield from no_signal(entry, advantages.group_relative)
 
@@ -183,7 +192,7 @@ def wrong_values(policy: EnumerablePolicy) -> Tensor:
 def generalised_advantages(entry: str) -> Iterator[Finding]:
     """Where the estimator is unbiased, and that it telescopes."""
 
-    def found(policy: EnumerablePolicy, rewards_R: Tensor, values_RT: Tensor, **options: float) -> Tensor:
+    def found(policy: EnumerablePolicy, rewards_R: Tensor, values_RT: Tensor, **options: Any) -> Tensor:
         credit_RT, _ = advantages.gae(last_token(policy, rewards_R), values_RT, policy.mask_RT, **options)
         drawn = draws(policy)
         return ascent(policy, drawn, credit_RT[drawn.index_B])
@@ -202,6 +211,22 @@ def generalised_advantages(entry: str) -> Iterator[Finding]:
     yield bias(entry, "λ = 0, a critic of random numbers", found(policy, rewards_R, values_RT, lam=0.0), exact)
     right_RT = value_of(policy, rewards_R)
     yield bias(entry, "γ = 0.9, a critic that is right", found(policy, rewards_R, right_RT, gamma=0.9), exact)
+
+    span_RT = torch.arange(policy.length).expand(policy.mask_RT.shape) // 2
+    measured = worst_difference(lambda p, r: found(p, r, wrong_values(p), lam=1.0, span_BT=span_RT, span_value="first"))
+    claim = "macro-actions of 2 tokens, span_value='first', λ = 1, any critic: the exact gradient of the mean reward"
+    yield Finding(entry, "expectation", claim, measured, EXACT)
+    claim = (
+        "macro-actions of 2 tokens, span_value='mean' (a baseline that knows the action), λ = 1, a critic that is right"
+    )
+    yield bias(entry, claim, found(policy, rewards_R, right_RT, lam=1.0, span_BT=span_RT), exact)
+    single = torch.arange(policy.length).expand(policy.mask_RT.shape)
+    one, none = (
+        advantages.gae(last_token(policy, rewards_R), values_RT, policy.mask_RT, **given)
+        for given in ({"span_BT": single}, {})
+    )
+    measured = max((a - b).abs().max().item() for a, b in zip(one, none, strict=True))
+    yield Finding(entry, "limit", "macro-actions of 1 token: those of tokens", measured, EXACT)
 
     generator = torch.Generator().manual_seed(3)
     reward, value = torch.randn(2, 1, 5, generator=generator, dtype=torch.float64)
@@ -262,6 +287,113 @@ def kl_in_the_reward(entry: str) -> Iterator[Finding]:
         yield Finding(entry, "expectation", claim, (total - mean).abs().item(), EXACT)
 
 
+@theorem("remax")
+def remax(entry: str) -> Iterator[Finding]:
+    """The baseline is one number for a prompt."""
+
+    def found(policy: EnumerablePolicy, rewards_R: Tensor) -> Tensor:
+        drawn = draws(policy)
+        best = rewards_R[policy.log_probs().argmax()]  # any number would do
+        return ascent(policy, drawn, advantages.remax(rewards_R[drawn.index_B], best.expand(len(drawn.index_B))))
+
+    claim = "one sample: the exact gradient of the mean reward"
+    yield Finding(entry, "expectation", claim, worst_difference(found), EXACT)
+    equal = advantages.remax(torch.tensor([2.5]), torch.tensor([2.5])).abs().max().item()
+    yield Finding(entry, "limit", "as good as the greedy completion: the advantage is 0", equal, 0.0)
+
+
+@theorem("opo")
+def opo(entry: str) -> Iterator[Finding]:
+    """The baseline that is weighted by lengths contains the completion's own reward and length."""
+    policy = policies()[0]
+    length_R = policy.mask_RT.sum(-1)
+
+    def found(model: EnumerablePolicy, lengths_R: Tensor, size: int) -> Tensor:
+        drawn = draws(model, size)
+        rewards_B = some_rewards(model)[drawn.index_B]
+        return ascent(model, drawn, advantages.opo(rewards_B, drawn.batch_B, lengths_R[drawn.index_B]))
+
+    same = Tabular(vocabulary=4, seed=1)
+    measured = difference(found(same, torch.ones(4).long(), 3), 2 / 3 * objective_gradient(same, some_rewards(same)))
+    claim = "all completions equally long, G = 3: (G - 1)/G times the exact gradient of the mean reward"
+    yield Finding(entry, "expectation", claim, measured, EXACT)
+    exact = objective_gradient(policy, some_rewards(policy))
+    for size in (2, 3):
+        claim = f"1 to 3 tokens, G = {size}, times G/(G - 1)"
+        yield bias(entry, claim, found(policy, length_R, size) * size / (size - 1), exact)
+
+    def lengths_apart(rewards_B: Tensor, group_B: Tensor) -> Tensor:
+        return advantages.opo(rewards_B, group_B, torch.tensor([1, 5, 2]))
+
+    yield from no_signal(entry, lengths_apart)
+
+
+@theorem("gdpo")
+def gdpo(entry: str) -> Iterator[Finding]:
+    """Two rewards, each standardised; the batch holds the group and another prompt's two completions."""
+    policy = Tabular(vocabulary=4, seed=1)
+    rewards_R2 = torch.stack([some_rewards(policy, seed) for seed in (5, 6)], 1)
+    exact = objective_gradient(policy, rewards_R2.sum(1))
+    beside, group_B = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).double(), torch.tensor([0, 0, 0, 1, 1])
+
+    def found(scale: float) -> Tensor:
+        columns = rewards_R2 * torch.tensor([scale, 1.0])
+
+        def credit(index_B: Tensor) -> Tensor:
+            return advantages.gdpo(torch.cat([columns[index_B], beside]), group_B, eps=1e-13)[:3]
+
+        return batch_ascent(policy, credit, 3)
+
+    once = found(1.0)
+    claim = "G = 3, against the mean of the sum of the rewards, scaled to the size of its gradient"
+    yield bias(entry, claim, alike(once, exact), exact)
+    claim = "one reward a thousand times as large: the same gradient, so the sum of the rewards is not what it follows"
+    yield Finding(entry, "identity", claim, difference(found(1000.0), once), 1e-8)
+    yield from no_signal(entry, lambda rewards_B, group_B: advantages.gdpo(rewards_B[:, None], group_B))
+
+
+@theorem("reinforce_pp", "reinforce_pp_baseline")
+def reinforce_pp(entry: str) -> Iterator[Finding]:
+    """Batch statistics: exact for large batches, up to the scale; biased for small ones."""
+    weight, size = 0.1, 2
+
+    def credit(model: EnumerablePolicy, reference: EnumerablePolicy, index_B: Tensor, **options: Any) -> Tensor:
+        sampled = (x[index_B] for x in (model.logps()[0].detach(), reference.logps()[0].detach(), model.mask_RT))
+        scores_B = some_rewards(model)[index_B]
+        if entry == "reinforce_pp":
+            return advantages.reinforce_pp(scores_B, *sampled, kl=weight, **options)
+        group_B = torch.zeros_like(index_B)
+        return advantages.reinforce_pp_baseline(scores_B, group_B, *sampled, kl=weight, **options)
+
+    # All logits equal: every response can stand in a batch exactly as often as its probability says.
+    even = Tabular(vocabulary=3, length=2, spread=0.0)
+    reference = moved(even, 0.5)
+    times_R = (even.log_probs().exp() * 9).round().long()
+    index_B = torch.arange(len(times_R)).repeat_interleave(times_R)
+    weight_B = torch.full((9,), 1 / 9, dtype=torch.float64)
+    drawn = Draws(1, index_B, torch.arange(9), weight_B)
+    exact = objective_gradient(even, some_rewards(even)) - weight * even.gradient(kl(even, reference))
+    mask_BT = even.mask_RT[index_B]
+    penalty_BT = weight * (even.logps()[0] - reference.logps()[0]).detach()[index_B]
+    to_go_BT = last_token(even, some_rewards(even))[index_B].sum(-1, keepdim=True) - penalty_BT.flip(-1).cumsum(
+        -1
+    ).flip(-1)
+    deviation = to_go_BT[mask_BT].std()
+    found = ascent(even, drawn, credit(even, reference, index_B, eps=0.0))
+    claim = "a batch like the policy: the exact gradient of the mean reward less kl · KL(π ‖ ref), over the deviation"
+    yield Finding(entry, "expectation", claim, difference(found, exact / deviation), EXACT)
+    found = ascent(even, drawn, credit(even, reference, index_B, estimator="k3"))
+    yield bias(entry, "the same with k3, scaled to the size of the exact gradient", alike(found, exact), exact)
+
+    policy = Tabular(vocabulary=3, length=2, seed=1)
+    reference = moved(policy, 0.5)
+    exact = objective_gradient(policy, some_rewards(policy)) - weight * policy.gradient(kl(policy, reference))
+    found = batch_ascent(policy, lambda index_B: credit(policy, reference, index_B), size)
+    yield bias(
+        entry, f"batches of {size} completions, scaled to the size of the exact gradient", alike(found, exact), exact
+    )
+
+
 @theorem("whiten")
 def whitening(entry: str) -> Iterator[Finding]:
     """Mean and variance, and what whitening over a batch does to the gradient."""
@@ -286,10 +418,9 @@ def whitening(entry: str) -> Iterator[Finding]:
         return advantages.whiten(rewards_R[index_B][:, None].expand(mask_BT.shape), mask_BT)
 
     exact = objective_gradient(policy, rewards_R)
-    found = batch_ascent(policy, rewards_R, whitened, 3)
-    yield bias(
-        entry, "rewards whitened over batches of 3 completions", found * found.norm() ** -1 * exact.norm(), exact
-    )
+    found = batch_ascent(policy, whitened, 2)
+    claim = "rewards whitened over batches of 2 completions, scaled to the size of the exact gradient"
+    yield bias(entry, claim, alike(found, exact), exact)
 
 
 # -- choices among samples --------------------------------------------------------------------------------------------
@@ -339,6 +470,27 @@ def best_of_n(entry: str) -> Iterator[Finding]:
     distance = (share_R * (share_R * 80).log()).sum().item()
     claim = "80 responses alike, n = 2: KL(best of n ‖ π) nears log n - (n - 1)/n"
     yield Finding(entry, "limit", claim, abs(distance - math.log(2) + 0.5), 1e-3)
+
+
+@theorem("top_against_bottom")
+def extremes(entry: str) -> Iterator[Finding]:
+    """Which responses are the two sides of a pair."""
+    policy = policies()[0]
+    probs_R, rewards_R = policy.log_probs().detach().exp(), some_rewards(policy)
+    drawn = draws(policy, 3)
+    rows = advantages.top_against_bottom(rewards_R[drawn.index_B], drawn.batch_B)
+    for side, rank, chosen in (("top", 1, rows[0]), ("bottom", 3, rows[1])):
+        known_R = order_statistics(probs_R, rewards_R, 3, rank) - probs_R**3  # three times the same: no pair
+        share_R = chosen_share(drawn, chosen, len(probs_R))
+        claim = f"of 3 samples, the distribution of the {side} is that of the order statistic, where the 3 differ"
+        yield Finding(entry, "identity", claim, (share_R - known_R).abs().max().item(), EXACT)
+    drawn = draws(policy, 2)
+    top, bottom = advantages.top_against_bottom(rewards_R[drawn.index_B], drawn.batch_B)
+    pairs_RR = torch.zeros(len(probs_R), len(probs_R), dtype=torch.float64)
+    pairs_RR.index_put_((drawn.index_B[top], drawn.index_B[bottom]), drawn.weight_B[top], accumulate=True)
+    known_RR = 2 * probs_R[:, None] * probs_R * (rewards_R[:, None] > rewards_R)
+    claim = "of 2 samples, a pair is as likely as its two responses in either order"
+    yield Finding(entry, "identity", claim, (pairs_RR - known_RR).abs().max().item(), EXACT)
 
 
 @theorem("clipped_value")

@@ -147,6 +147,11 @@ def cosine(found: Tensor, exact: Tensor) -> float:
     return float(found @ exact / (found.norm() * exact.norm()))
 
 
+def alike(found: Tensor, exact: Tensor) -> Tensor:
+    """Scaled to the size of the exact one, for estimators whose scale is not that of the rewards."""
+    return found * (exact.norm() / found.norm())
+
+
 def bias(entry: str, claim: str, found: Tensor, exact: Tensor) -> Finding:
     """What an estimator is off by: the relative size of the difference; the cosine is told in the claim."""
     told = f"{claim}: relative bias of the gradient (cosine with the exact one {cosine(found, exact):.3f})"
