@@ -30,8 +30,14 @@ class RunError(RuntimeError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that looks most like this one, if any does."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), None)
+    """The known word that looks most like this one, if any does; of the same letters in another order above all.
+
+    >>> nearest("dop", ["dpop", "dpo"]), nearest("gpro", ["pro", "grpo"])
+    ('dpo', 'grpo')
+    """
+    known = list(known)
+    mixed = next((k for k in known if sorted(k) == sorted(word)), None)
+    return mixed or next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.5)), None)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -100,6 +106,9 @@ class Entry:
             code = target.__code__
             source = repr((code.co_code, code.co_consts, code.co_names))
         return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+FEW = 30  # names that a message still lists
 
 
 class Registry:
@@ -181,8 +190,10 @@ class Registry:
         """The error of a name that is not among the ``listed`` ones."""
         if name in self.absent:
             return UsageError(f"{self.kind} {name!r} {self.absent[name]}")
+        listed = list(listed)
         near = suggest(name, [*listed, *prefixed(self._aliases, prefix_of(name))])
-        return UsageError(f"no {self.kind} {name!r}{near} Registered: {', '.join(listed)}.")
+        known = ", ".join(listed) if len(listed) <= FEW else f"{len(listed)} names, which 'prefzoo list' shows"
+        return UsageError(f"no {self.kind} {name!r}{near} Registered: {known}.")
 
     def names(self, pattern: str = "*") -> list[str]:
         """Sorted names that match a shell pattern; those with a prefix only where the pattern has one."""

@@ -11,7 +11,7 @@ from prefzoo.registry import UsageError
 Give = Callable[[Row, Report], Iterable[Row]]  # the rows made from one, and what is to be counted
 
 
-JUDGED = ("score", "score_chosen", "score_rejected", "margin", "tie")  # what is said about answers
+JUDGED = ("score", "score_chosen", "score_rejected", "margin", "probability", "tie")  # what is said about answers
 
 
 def _without(row: Row, *columns: str) -> Row:

@@ -18,8 +18,8 @@ from prefzoo.registry import UsageError, suggest
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 NOT_TEXT = {  # columns whose cells in a CSV file are JSON
-    "label", "labels", "tie", "score", "scores", "ranks", "margin", "weight", "completions", "messages",
-    "conversations", "tools", "chat_template_kwargs",
+    "label", "labels", "tie", "score", "scores", "ranks", "margin", "probability", "weight", "completions",
+    "messages", "conversations", "tools", "chat_template_kwargs",
 }  # fmt: skip
 Read = Callable[[], Iterator[Row]]  # one pass over a source
 

@@ -352,6 +352,11 @@ def _answers(row: Row, kind: DataType, where: str) -> None:
         row["tie"] = _truth(row["tie"], "tie", where)
     if kind == "preference" and row.get("margin") is not None:
         row["margin"] = _number(row["margin"], "margin", where)
+    if kind == "preference" and row.get("probability") is not None:
+        row["probability"] = _number(row["probability"], "probability", where)
+        if not 0 <= row["probability"] <= 1:
+            share = f"{row['probability']:g}"
+            raise UsageError(f"{where}, column 'probability': expected a number from 0 to 1, got {share}.")
     if row.get("weight") is not None and kind != "prompt":
         row["weight"] = _number(row["weight"], "weight", where)
         if row["weight"] < 0:

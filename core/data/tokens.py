@@ -46,8 +46,9 @@ NUMBERS: dict[Kind, tuple[str, ...]] = {  # the user's columns that losses read
     "prompts": (),
     "completions": ("weight",),
     "unpaired": ("weight",),
-    "pairs": ("margin", "weight", "score_chosen", "score_rejected"),
+    "pairs": ("margin", "probability", "weight", "score_chosen", "score_rejected"),
 }
+TOLD = ("margin", "probability", "weight")  # of every row or of none
 BLOCK = 512  # rows that are tokenised together; no more are in memory when streaming
 
 
@@ -60,6 +61,7 @@ def tokenise(
     cache: Path | None = None,
     strict: bool = False,
     loss_on: LossOn | None = None,
+    ties: bool = False,
 ) -> tuple[Samples, Report]:
     """A data set as samples of a kind: read, checked, converted, tokenised.
 
@@ -72,12 +74,13 @@ def tokenise(
             several turns, the assistant's), the assistant's turns of ``messages``, the whole of ``text``.
             "completion": completions with all their turns. "assistant": the assistant's turns of whole dialogues,
             prompts included. "all": prompts and completions as one text.
+        ties: keep pairs that were called equally good, told in the column ``tie``; else they are left out and counted.
     """
     loaded = load_dataset(source, strict=strict)
     data = _as_kind(loaded, kind, loss_on)
     report = Report(loaded.report.source, data.type)
     report.add(loaded.report)
-    folder = None if cache is None else cache / _store_key(loaded, tokenizer, kind, loss_on, max_length, strict)
+    folder = None if cache is None else cache / _store_key(loaded, tokenizer, kind, loss_on, max_length, strict, ties)
     temporary = None
     if folder is None and data.streamed:
         temporary = Path(tempfile.mkdtemp(prefix="prefzoo-"))
@@ -86,7 +89,8 @@ def tokenise(
         if folder is not None and (folder / MARK).exists():
             stored = Stored.open(folder)
         else:
-            stored = _write(Store(folder), data, tokenizer, kind, loss_on, max_length, strict, loaded is not data)
+            writer = _Writer(Store(folder), data, tokenizer, kind, max_length, strict, ties)
+            stored = _write(writer, loss_on, loaded is not data)
     finally:
         if temporary is not None:  # what is mapped stays readable until nothing refers to it
             shutil.rmtree(temporary, ignore_errors=True)
@@ -123,18 +127,15 @@ def _as_kind(data: Dataset, kind: Kind, loss_on: LossOn | None) -> Dataset:
     return convert(data, "language_modeling" if kind == "completions" and loss_on in ("assistant", "all") else to)
 
 
-def _write(
-    store: Store, data: Dataset, tokenizer: PreTrainedTokenizerBase, kind: Kind, loss_on: LossOn | None,
-    max_length: int, strict: bool, converted: bool,
-) -> Stored:  # fmt: skip
-    writer = _Writer(store, data, tokenizer, kind, max_length, strict)
+def _write(writer: _Writer, loss_on: LossOn | None, converted: bool) -> Stored:
+    data, store = writer.data, writer.store
     try:
         rows = enumerate(data)
         while block := list(itertools.islice(rows, BLOCK)):
-            sides = SIDES[kind]
+            sides = SIDES[writer.kind]
             if data.type == "language_modeling":
                 sides = ["messages" if "messages" in block[0][1] else "text"]
-            writer.add(block, encode_rows(tokenizer, [row for _, row in block], sides, loss_on))
+            writer.add(block, encode_rows(writer.tokenizer, [row for _, row in block], sides, loss_on))
         if converted:
             writer.report.add(data.report)
         return store.close(writer.facts())
@@ -147,10 +148,11 @@ class _Writer:
     """Encoded rows, cut to the limit, into a store; and the report on them."""
 
     def __init__(
-        self, store: Store, data: Dataset, tokenizer: PreTrainedTokenizerBase, kind: Kind, max_length: int, strict: bool
-    ) -> None:
+        self, store: Store, data: Dataset, tokenizer: PreTrainedTokenizerBase, kind: Kind, max_length: int,
+        strict: bool, ties: bool,
+    ) -> None:  # fmt: skip
         self.store, self.data, self.tokenizer, self.kind = store, data, tokenizer, kind
-        self.max_length, self.strict = max_length, strict
+        self.max_length, self.strict, self.ties = max_length, strict, ties
         self.report = Report(data.report.source, data.type)
         self.ends = set(end_ids(tokenizer)) if kind != "prompts" else set()
         self.bos = tokenizer.bos_token_id
@@ -166,8 +168,8 @@ class _Writer:
     def add(self, block: Sequence[tuple[int, Row]], encoded: Iterable[Encoded | Fault]) -> None:
         kept: list[tuple[int, Row, Encoded]] = []
         for (number, row), found in zip(block, encoded, strict=True):
-            if self.kind == "pairs" and row.get("tie"):
-                self.report.cut["ties left out: no loss learns from them yet"] += 1
+            if self.kind == "pairs" and row.get("tie") and not self.ties:
+                self.report.cut["ties left out: davidson and rao_kupper learn from them"] += 1
                 continue
             try:
                 kept.append((number, row, self._cut(found)))
@@ -235,6 +237,9 @@ class _Writer:
             add("desirable", [row["label"] for _, row, _ in kept], "bool")
         for name in NUMBERS[self.kind]:
             add(name, [self._number(name, number, row) for number, row, _ in kept], "float32")
+        if self.ties:
+            add("tie", [bool(row.get("tie")) for _, row, _ in kept], "bool")
+            self.has.add("tie")
         for _, row, _ in kept:
             self.users |= set(row) - CONTENT
         if self.data.streamed:
@@ -246,7 +251,7 @@ class _Writer:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             self.has.add(name)
             return value
-        if value is not None and name in ("margin", "weight"):
+        if value is not None and name in TOLD:
             raise UsageError(f"column {name!r}, row {number + 1}: expected a number, got {value!r}.")
         self.lacks.setdefault(name, number + 1)
         return float("nan")
@@ -260,7 +265,7 @@ class _Writer:
         return f"{_short(self.tokenizer.decode(first.prompt), end=True)} {' | '.join(sides)}"
 
     def facts(self) -> dict[str, Any]:
-        for name in ("margin", "weight"):
+        for name in TOLD:
             if name in self.has and name in self.lacks:
                 raise UsageError(f"column {name!r}, row {self.lacks[name]}: expected a number, got None.")
         r = self.report
@@ -324,8 +329,10 @@ def _store_key(
     loss_on: LossOn | None,
     max_length: int,
     strict: bool,
+    ties: bool,
 ) -> str:
-    facts = [data.hash(), tokenizer_hash(tokenizer), kind, loss_on, max_length, strict, data.streamed, layer_hash()]
+    facts = [data.hash(), tokenizer_hash(tokenizer), kind, loss_on, max_length, strict, ties, data.streamed]
+    facts.append(layer_hash())
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
 

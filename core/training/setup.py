@@ -280,6 +280,19 @@ def reward_source(
     return source
 
 
+def check_columns(stage: Stage, samples: Samples, source: str) -> None:
+    """Refuse data without the columns of numbers that the losses of its rows need."""
+    if stage.on_policy:
+        return
+    for term in (t for t in stage.terms if t.rows == "main"):
+        for column in (e.removesuffix("_B") for e in term.loss.extras if e.endswith("_B")):
+            if column not in samples.columns and column not in samples.pair_columns:
+                raise UsageError(
+                    f"loss {term.loss.name!r} needs a number in the column {column!r} of every row, and {source} has "
+                    f"none; add it, or name the column that holds it (columns={{{column!r}: ...}})."
+                )
+
+
 def make_engine(
     stage: Stage,
     settings: TrainConfig,
@@ -313,13 +326,17 @@ def make_engine(
         "strict": settings.strict,
         "loss_on": settings.loss_on,
     }
+    if stage.source.data == "pairs":
+        reading["ties"] = any("tie_B" in t.loss.extras for t in stage.terms)
     samples, report = tokenise(data, tokenizer, stage.source.data, **reading)
     for line in report.lines():
         log.note(line)
+    check_columns(stage, samples, report.source)
     held = None
     if held_out is not None:
         held, report = tokenise(held_out, tokenizer, stage.source.data, **reading)
         log.note(f"held out: {report.rows} rows of {report.source}")
+        check_columns(stage, held, report.source)
     demonstrations = None
     if ptx is not None and any(t.rows == "ptx" for t in stage.terms):
         demonstrations, _ = tokenise(ptx, tokenizer, "completions", **reading)
