@@ -38,13 +38,15 @@ class World:
 class Facts:
     """What closed forms are written in, without gradient, for every response.
 
-    ``log_prob_R``: log π; ``ratio_R``: log π/ref; ``length_R``: tokens; ``drift_R``: Σ_t KL(ref ‖ π) over its tokens.
+    ``log_prob_R``: log π; ``ratio_R``: log π/ref; ``length_R``: tokens; ``drift_R``: Σ_t KL(ref ‖ π) over its tokens;
+    ``ratio_RT``: log-ratios of the tokens, 0 outside the mask.
     """
 
     log_prob_R: Tensor
     ratio_R: Tensor
     length_R: Tensor
     drift_R: Tensor
+    ratio_RT: Tensor
 
     @classmethod
     @torch.no_grad()
@@ -54,6 +56,7 @@ class Facts:
             policy.log_probs() - reference.log_probs(),
             policy.mask_RT.sum(-1).double(),
             token_kl(policy, reference).sum(-1),
+            policy.logps()[0] - reference.logps()[0],
         )
 
     @property

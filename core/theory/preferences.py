@@ -47,13 +47,14 @@ class Case:
     """One claim about the optimum of a loss.
 
     ``preferences``: from the facts of π* and a behaviour, the preferences and the behaviour under which it is optimal.
-    ``fields``: further columns of all pairs, (R * R,). ``within``: of all pairs those that are compared, (R, R).
+    ``fields``: further columns of all pairs, (R * R,), from the facts and the preferences.
+    ``within``: of all pairs those that are compared, (R, R).
     """
 
     claim: str
     preferences: Callable[[Facts, Tensor], Preferences]
     options: Mapping[str, Any] = field(default_factory=dict)
-    fields: Callable[[Facts], dict[str, Tensor]] = lambda facts: {}
+    fields: Callable[[Facts, Tensor], dict[str, Tensor]] = lambda facts, win_RR: {}
     within: Callable[[World], Tensor] | None = None
     reached: bool = True
 
@@ -116,6 +117,15 @@ def bradley_terry(scale: float = 1.0) -> Callable[[Facts], Tensor]:
     return lambda facts: torch.sigmoid(scale * differences(facts.ratio_R))
 
 
+def desensitised(facts: Facts, alpha: float) -> Tensor:
+    """Difference of two log-ratios whose tokens beyond the shorter response count ``alpha``, (R, R)."""
+    place_T = torch.arange(facts.ratio_RT.shape[1])
+    shorter_RR = torch.minimum(facts.length_R[:, None], facts.length_R)
+    weight_RRT = 1 - (1 - alpha) * (place_T >= shorter_RR[..., None]).double()
+    side_RR = (weight_RRT * facts.ratio_RT[:, None]).sum(-1)
+    return side_RR - side_RR.T
+
+
 def margins(facts: Facts) -> Tensor:
     """Some true gaps of reward, (R, R)."""
     return differences(noise(len(facts.ratio_R), seed=7))
@@ -149,6 +159,17 @@ CASES: dict[str, list[Case]] = {
                 {"beta": BETA, "divergence": name, **({"divergence_alpha": 0.3} if name == "alpha" else {})},
             )
             for name, slope in SLOPES.items()
+        ),
+        Case(
+            "π ∝ ref exp(r/β), under WPO weights too: a weight does not move what each pair asks for",
+            win(bradley_terry(BETA)),
+            {"beta": BETA, "wpo": True},
+            reached=False,  # the weights move with the policy and have no gradient: descent has no value to go down
+        ),
+        Case(
+            "β times the difference of LD-DPO's log-ratios is r - r'",
+            win(lambda f: torch.sigmoid(BETA * desensitised(f, 0.4))),
+            {"beta": BETA, "ld_alpha": 0.4},
         ),
     ],
     "cdpo": [
@@ -207,6 +228,14 @@ CASES: dict[str, list[Case]] = {
             {"beta": BETA},
         )
     ],
+    "sppo_soft": [
+        Case(
+            "s(y) = (P(y ≻ μ) - 1/2)/β: one exact step of the self-play, π ∝ ref exp(P(y ≻ μ)/β)",
+            marginal(lambda f: 0.5 + BETA * f.ratio_R),
+            {"beta": BETA},
+            fields=lambda f, win_RR: {"probability_B": win_RR.flatten()},
+        )
+    ],
     "discopop": [
         Case(
             "each pair is at rest: p ℓ'(β(s - s')) = (1 - p) ℓ'(β(s' - s))",
@@ -226,7 +255,7 @@ CASES: dict[str, list[Case]] = {
             "β (s - s') is the labels' logit plus the offset",
             win(lambda f: torch.sigmoid(BETA * differences(f.ratio_R) - 0.4 * margins(f))),
             {"beta": BETA, "scale": 0.4},
-            fields=lambda f: {"margin_B": margins(f).flatten()},
+            fields=lambda f, win_RR: {"margin_B": margins(f).flatten()},
         )
     ],
     "reward_aware_rpo": [
@@ -234,7 +263,7 @@ CASES: dict[str, list[Case]] = {
             f"β (s - s') = η (r - r'), π ∝ ref exp(η r/β), whatever the labels (distance {distance})",
             additive(lambda f: torch.zeros_like(f.ratio_R)),
             {"beta": BETA, "scale": 2.0, "distance": distance},
-            fields=lambda f: {"margin_B": (BETA / 2 * differences(f.ratio_R)).flatten()},
+            fields=lambda f, win_RR: {"margin_B": (BETA / 2 * differences(f.ratio_R)).flatten()},
         )
         for distance in ("kl", "squared")
     ],
@@ -266,7 +295,7 @@ def check_case(entry: str, case: Case) -> Iterator[Finding]:
         weight_B = labelled(behaviour_R, win_RR)
         if case.within is not None:
             weight_B = weight_B * case.within(world).flatten()
-        fields = case.fields(world.facts)
+        fields = case.fields(world.facts, win_RR)
 
         def objective(
             policy: EnumerablePolicy, world: World = world, weight_B: Tensor = weight_B, fields: Any = fields
