@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefzoo.losses.base import register_loss
-from prefzoo.losses.numerics import bounded, masked
+from prefzoo.losses.numerics import exponent_limit, masked
 from prefzoo.losses.rankings import (
     accuracy_P,
     all_pairs_P,
@@ -75,8 +75,8 @@ def pl_dpo(batch: Ranked, *, beta: Positive = 0.1) -> LossOut:
 
     Returns:
         One loss per list, (P,), in nats; log K! where policy and reference are equal. Metrics (P,): ``rewards/chosen``
-        = x of the best, ``rewards/rejected`` = mean x of the others, ``rewards/margins``, ``rewards/accuracies`` = share
-        of pairs in the right order, ``logps/chosen``, ``logps/rejected``.
+        = x of the best, ``rewards/rejected`` = mean x of the others, ``rewards/margins``, ``rewards/accuracies`` =
+        share of pairs in the right order, ``logps/chosen``, ``logps/rejected``.
 
     Convention: a sum over the K - 1 choices, as in the paper, so long lists weigh more; two completions give ``dpo``.
 
@@ -173,7 +173,8 @@ def exo(
 
         loss = Σ_i q_i (log q_i - log p_i),  q = softmax(β s)
 
-    with p = softmax(scores / β_r) where ``reward_beta`` is given, else 1 - ε for the best and ε / (K - 1) for the others.
+    with p = softmax(scores / β_r) where ``reward_beta`` is given, else 1 - ε for the best and ε / (K - 1) for each
+    other.
 
     Args:
         batch: rankings with reference log-probabilities, (P, K, T), in nats; ``scores_PK`` for ``reward_beta``.
@@ -213,7 +214,9 @@ def exo(
                 f"loss 'exo': label_smoothing={label_smoothing} has no effect with reward_beta={reward_beta}, which "
                 "takes the labels from the scores. Give one of them."
             )
-        log_target_PK = log_softmax_PK(scores_of(batch, "exo", f"for reward_beta={reward_beta}") / reward_beta, valid_PK)
+        log_target_PK = log_softmax_PK(
+            scores_of(batch, "exo", f"for reward_beta={reward_beta}") / reward_beta, valid_PK
+        )
     log_q_PK = log_softmax_PK(x_PK, valid_PK)
     return LossOut(of_lists(log_q_PK.exp() * (log_q_PK - log_target_PK), valid_PK), ranking_metrics(batch, beta))
 
@@ -223,12 +226,14 @@ def lambda_weights(scores_PK: Tensor, x_PK: Tensor, valid_PK: Tensor) -> Tensor:
     """LambdaLoss weights of all pairs (i, j) with scores_i > scores_j, (P, K, K); 0 for all others; detached.
 
     |2^score_i - 2^score_j| |1/log(1 + rank_i) - 1/log(1 + rank_j)|, the ranks being those of ``x_PK``, 1 for the
-    largest. By so much DCG would change if the two changed places. Equal ``x_PK`` keep the order of the list.
+    largest. By so much DCG would change if the two changed places. Equal ``x_PK`` keep the order of the list. Scores
+    above 57 (in float64: 504) count as that, so that no gain overflows.
     """
     lowest = torch.finfo(x_PK.dtype).min
     order_PK = torch.where(valid_PK, x_PK, lowest).argsort(dim=-1, descending=True, stable=True)
     discount_PK = 1 / torch.log1p(1 + order_PK.argsort(-1).to(x_PK.dtype))
-    gain_PK = bounded(math.log(2) * masked(scores_PK, valid_PK)).exp()
+    # At half the largest exponent: a gain is a factor of the loss, and their product must be finite too.
+    gain_PK = masked(scores_PK, valid_PK).clamp(max=exponent_limit(x_PK.dtype) / 2 / math.log(2)).exp2()
     gains_PKK = gain_PK[..., :, None] - gain_PK[..., None, :]
     both_PKK = valid_PK[..., :, None] & valid_PK[..., None, :]
     return masked(gains_PKK.clamp(min=0), both_PKK) * (discount_PK[..., :, None] - discount_PK[..., None, :]).abs()

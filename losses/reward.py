@@ -37,7 +37,7 @@ def first_is_better(batch: Scores) -> Tensor:
     return torch.ones_like(batch.chosen_B) if batch.probability_B is None else batch.probability_B
 
 
-@register_loss(paper="arXiv:2203.02155")
+@register_loss(paper="arXiv:2203.02155", exceptions={"reward_shift@centering": "the mean of a pair is pulled to 0"})
 def bradley_terry(batch: Scores, *, label_smoothing: Share = 0.0, centering: NotNegative = 0.0) -> LossOut:
     """Bradley-Terry reward model: cross-entropy of "the chosen one wins", whose logit is the difference of rewards.
 
@@ -147,12 +147,12 @@ def davidson(batch: Scores, *, nu: Positive = 1.0) -> LossOut:
     Returns:
         One loss per pair, (B,), in nats. Metrics (B,) as ``bradley_terry``, and ``probs/tie``, the model's P(tie).
 
-    Convention: ν is a constant here, where statistics estimates it; the default makes the three outcomes of equal rewards
-    equally likely. ν → 0 is ``bradley_terry`` on the decided pairs. Margins are not used. For a strong preference
-    P(tie) falls with e^{-d/2}, in ``rao_kupper`` with e^{-d}.
+    Convention: ν is a constant here, where statistics estimates it; the default makes the three outcomes of equal
+    rewards equally likely. ν → 0 is ``bradley_terry`` on the decided pairs. Margins are not used. For large d, P(tie)
+    falls as e^{-d/2}; in ``rao_kupper`` as e^{-d}.
 
-    Known failure: with ν too large for the data, decided pairs push rewards apart to make ties unlikely, and the scale of
-    rewards means less.
+    Known failure: with ν too large for the data, decided pairs push rewards apart to make ties unlikely, and the scale
+    of rewards means less.
 
     Source: Davidson, On extending the Bradley-Terry model to accommodate ties, JASA 65, 1970; ties in reward learning:
     Liu et al., Reward Learning From Preference With Ties, arXiv:2410.05328.
@@ -195,9 +195,9 @@ def rao_kupper(batch: Scores, *, theta: Positive = 2.0) -> LossOut:
     Returns:
         One loss per pair, (B,), in nats. Metrics (B,) as ``bradley_terry``, and ``probs/tie``, the model's P(tie).
 
-    Convention: θ is a constant here, where statistics estimates it; the default makes the three outcomes of equal rewards
-    equally likely. θ → 1 is ``bradley_terry`` on the decided pairs; on decided pairs alone it is ``bradley_terry`` with
-    a margin of log θ. Margins of the data are not used.
+    Convention: θ is a constant here, where statistics estimates it; the default makes the three outcomes of equal
+    rewards equally likely. On decided pairs alone it is ``bradley_terry`` with a margin of log θ, which θ → 1 takes
+    away. Margins of the data are not used.
 
     Known failure: with θ too large for the data, decided pairs push rewards apart to clear the threshold, and the scale
     of rewards means less.
@@ -270,7 +270,8 @@ def plackett_luce(batch: RankedScores, *, per_choice: bool = False) -> LossOut:
 
     Convention: the sum is the negative log-likelihood; long lists weigh more. Two completions give ``bradley_terry``.
 
-    Known failure: the first choices have the most competitors and dominate, so noise at the top of a ranking costs most.
+    Known failure: the first choices have the most competitors and dominate, so noise at the top of a ranking costs
+    most.
 
     Source: Plackett, The analysis of permutations, 1975; Luce, Individual choice behavior, 1959; for language models:
     Rafailov et al., arXiv:2305.18290, appendix A.3.
@@ -299,8 +300,8 @@ def reward_regression(batch: Ratings, *, huber: Positive | None = None) -> LossO
     Returns:
         One loss per completion, (B,), in squared units of the targets. Metrics (B,): ``rewards``, ``errors`` = |e|.
 
-    Convention: no ½ in front, as mean squared error is written; Huber's loss is twice the textbook's, so that both agree
-    near 0. Targets are taken as they are: centre and scale them in the data. Only here the reward has a zero and a unit.
+    Convention: no ½ in front, as mean squared error is written; Huber's loss is twice the textbook's, so that both
+    agree near 0. Targets are taken as they are: centre and scale them in the data. The reward gets their zero and unit.
 
     Known failure: raters use a scale differently, and the loss fits that too. Ratings pile up at few values, and so do
     the rewards.
@@ -337,8 +338,8 @@ def process_reward(batch: StepScores) -> LossOut:
     former trainer is a cross-entropy over two classes: the same function of z = the difference of its logits. For the
     last step only, mask the others.
 
-    Known failure: most steps are right, and a model that says so always is hard to beat on average: look at the accuracy
-    on wrong steps. Labels after the first mistake mean little; mask them.
+    Known failure: most steps are right, and a model that says so always is hard to beat on average: look at the
+    accuracy on wrong steps. Labels after the first mistake mean little; mask them.
 
     Source: Lightman et al., Let's Verify Step by Step, arXiv:2305.20050.
 

@@ -69,7 +69,7 @@ def class_weights(desirable_B: Tensor, dtype: torch.dtype = torch.float32) -> Te
 def density_ratio_weights(
     probability_B: Tensor, desirable_B: Tensor, *, min_ratio: float = 0.5, max_ratio: float = 10.0
 ) -> Tensor:
-    """BCO's weights for data whose classes hold different prompts: undesirable rows weigh as if drawn like desirable ones.
+    """BCO's weights for classes that hold different prompts: undesirable rows count as if drawn like desirable ones.
 
     Args:
         probability_B: a classifier's probability p that a row's *prompt* comes from a desirable row, the classifier
@@ -78,8 +78,8 @@ def density_ratio_weights(
         min_ratio: the ratio p / (1 - p) is not taken below this,
         max_ratio: nor above this.
 
-    Desirable rows weigh 1, undesirable rows p / (1 - p), the ratio of the two densities of prompts. The bounds are those
-    of TRL's former trainer. Detached. Multiply with ``class_weights`` for the paper's sum of class means.
+    Desirable rows weigh 1, undesirable rows p / (1 - p), the ratio of the two densities of prompts. The bounds are
+    those of TRL's former trainer. Detached. Multiply with ``class_weights`` for the paper's sum of class means.
 
     >>> density_ratio_weights(torch.tensor([0.9, 0.75, 0.999, 0.1]), torch.tensor([True, False, False, False]))
     tensor([ 1.0000,  3.0000, 10.0000,  0.5000])
@@ -87,7 +87,9 @@ def density_ratio_weights(
     if min_ratio > max_ratio:
         raise UsageError(f"density_ratio_weights: min_ratio={min_ratio} is above max_ratio={max_ratio}.")
     probability_B = probability_B.detach()
-    ratio_B = (probability_B / (1 - probability_B)).clamp(min_ratio, max_ratio)  # p = 1 gives inf, which the clamp takes
+    ratio_B = (probability_B / (1 - probability_B)).clamp(
+        min_ratio, max_ratio
+    )  # p = 1 gives inf, which the clamp takes
     return torch.where(desirable_B, 1.0, ratio_B)
 
 
@@ -138,7 +140,7 @@ def kto(
 
     Convention: λ - value, so that the loss is positive, as in the authors' code and TRL. No gradient flows through z0.
 
-    Known failure: the value saturates: rows far on the wrong side of z0 get almost no gradient and are left as they are,
+    Known failure: the value saturates: rows far on the wrong side of z0 get almost no gradient and stay as they are,
     which helps with noisy labels and hurts with hard, true ones. One class alone drives the policy only one way.
 
     Source: Ethayarajh et al., KTO: Model Alignment as Prospect Theoretic Optimization, arXiv:2402.01306.
@@ -161,7 +163,7 @@ def kto(
 def apo_zero_unpaired(
     batch: Unpaired, *, beta: Positive = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> LossOut:
-    """Anchored preference optimization on single completions: desirable ones up, undesirable ones down, from the reference.
+    """Anchored preference optimization of single completions: from the reference up or down, as the label says.
 
         loss = λ_D σ(-β s)   for a desirable completion
         loss = λ_U σ(+β s)   for an undesirable one
@@ -213,16 +215,17 @@ def bco(batch: Unpaired, *, beta: Positive = 0.1) -> LossOut:
         beta: strength of the pull to the reference, per nat.
 
     Returns:
-        One loss per completion, (B,), in nats. Metrics (B,): ``rewards`` = r, ``rewards/margins`` = the reward's distance
-        to δ on the labelled side, ``rewards/accuracies`` = whether that is positive, ``logps``, ``bco/delta`` = δ.
+        One loss per completion, (B,), in nats. Metrics (B,): ``rewards`` = r, ``rewards/margins`` = the reward's
+        distance to δ on the labelled side, ``rewards/accuracies`` = whether that is positive, ``logps``, ``bco/delta``
+        = δ.
 
     Convention: the paper sums the means over the two classes; the mean over rows that this loss gets by default (as in
     TRL's former trainer) is that for classes of equal size only: otherwise give ``class_weights`` as row weights.
     ``density_ratio_weights`` are its weights for classes with different prompts. No gradient flows through δ. A pair
-    taken apart at δ = 0 gives ``bco_pair``. In a batch with one class, δ is that class's mean, and the other adds nothing.
+    taken apart at δ = 0 gives ``bco_pair``. In a batch with one class, δ is that class's mean; the other adds nothing.
 
-    Known failure: δ lags where the rewards drift, and the gradient then has a common push up or down. Like every loss of
-    single completions, it can be satisfied by what tells the classes apart, such as length.
+    Known failure: δ lags where the rewards drift, and the gradient then has a common push up or down. Like every loss
+    of single completions, it can be satisfied by what tells the classes apart, such as length.
 
     Source: Jung et al., Binary Classifier Optimization for Large Language Model Alignment, arXiv:2404.04656.
 
@@ -234,7 +237,7 @@ def bco(batch: Unpaired, *, beta: Positive = 0.1) -> LossOut:
     """
     if batch.delta is None:
         raise UsageError(
-            "loss 'bco' needs Unpaired.delta (δ): give class_mean_delta(...) of the rewards of the whole batch, or a zero."
+            "loss 'bco' needs Unpaired.delta (δ): give class_mean_delta(...) of the whole batch's rewards, or a zero."
         )
     delta = batch.delta.detach()
     gain_B = labelled(beta * batch.ratio_B - delta, batch.desirable_B)
