@@ -147,7 +147,11 @@ def mean_nll(batch: Pairs) -> Tensor:
 # -- labels -----------------------------------------------------------------------------------------------------------
 
 
-@register_modifier(order=30, refuses=_of_tokens)
+@register_modifier(
+    order=30,
+    refuses=_of_tokens,
+    exceptions={"prefers_chosen": "beyond the margin at which the two readings balance, a pair is pulled back"},
+)
 def label_smoothing(loss: PairLoss, batch: Pairs, *, label_smoothing: Share = 0.0) -> LossOut:
     """Label smoothing: a share ε of the labels is taken to be flipped, and the loss is the mean over both readings.
 
