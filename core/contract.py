@@ -676,9 +676,9 @@ def _alternatives(loss: Loss, name: str) -> list[Any]:
         return [n for n in dict.fromkeys(names) if n != value]
     if isinstance(value, bool):
         return [not value]
-    if isinstance(value, int):
+    if isinstance(value, int) and "float" not in str(hint):
         return [value + 1, 2 * value + 3]
-    if isinstance(value, float):
+    if isinstance(value, int | float):
         return [1.5 * value + 0.05, 0.5 * value + 0.01, 0.3]
     return [0.05, 0.3, 2.0, 1, 3, True]
 
@@ -758,12 +758,18 @@ def _failures(variant: Loss) -> Iterator[str]:
 def switched_on(loss: Loss, modifier: Entry) -> Iterator[Loss]:
     """The loss with a modifier on: once for every option that does it alone, or for every name it can have."""
     for name in modifier.options:
-        for value in _alternatives(loss, name):
-            variant = _with_options(loss, {name: value})
-            if variant is not None and _accepts(variant):
-                yield variant
-                if not isinstance(value, str):
-                    break
+        for variant in modes(loss, name):
+            yield variant
+            if not isinstance(variant.options[name], str):
+                break
+
+
+def modes(loss: Loss, option: str) -> Iterator[Loss]:
+    """The loss with every other value of an option that it accepts."""
+    for value in _alternatives(loss, option):
+        other = _with_options(loss, {option: value})
+        if other is not None and _accepts(other):
+            yield other
 
 
 def exceptions_of(loss: Loss) -> dict[str, str]:

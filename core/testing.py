@@ -76,9 +76,8 @@ def loss_checks(loss: str | Callable[..., LossOut] | Loss, /, **options: Any) ->
                 f"loss {bound.name!r}: no check {check!r}{suggest(check, CHECKS)} Known: {', '.join(CHECKS)}."
             )
         if option and option not in bound.entry.options:
-            raise UsageError(
-                f"loss {bound.name!r}, exception {key!r}: it has no option {option!r}{suggest(option, bound.entry.options)}"
-            )
+            near = suggest(option, bound.entry.options)
+            raise UsageError(f"loss {bound.name!r}, exception {key!r}: it has no option {option!r}{near}")
     exceptions = exceptions_of(bound)
     for name in CHECKS:
         yield Check(name, bound, exceptions.get(name), insists=name in declared and not bound.options)

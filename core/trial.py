@@ -179,7 +179,7 @@ def likely_record(record: R) -> R:
 
     There every loss that learns preferences still wants the better answer likelier.
     """
-    made = {k: 0.3 * v for k, v in record.tensors().items() if parts(k)[0].endswith("logps")}
+    made = {k: 0.1 * v for k, v in record.tensors().items() if parts(k)[0].endswith("logps")}
     sure = {"margin_B": 3.0, "probability_B": 0.95, "weight_B": 1.0, "weight_P": 1.0}
     made |= {k: torch.full_like(v, sure[k]) for k, v in record.tensors().items() if k in sure}
     made |= {k: torch.zeros_like(v) for k, v in record.tensors().items() if k == "tie_B"}

@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefzoo.losses.base import LOSSES, Loss, create_loss, register_loss
+from prefzoo.contract import UNDECLARED_CONTRAST, modes
+from prefzoo.losses.base import LOSSES, MODIFIERS, Loss, create_loss, register_loss, register_modifier
 from prefzoo.losses.kl import KL_ESTIMATORS
 from prefzoo.losses.numerics import safe_exp
 from prefzoo.losses.unpaired import kto_baseline
-from prefzoo.records import FAMILIES, LossOut, Pairs, PolicyGradient, Record, Unpaired, masked_mean, masked_sum
+from prefzoo.records import (
+    FAMILIES,
+    Distribution,
+    Likelihood,
+    LossOut,
+    Pairs,
+    PolicyGradient,
+    Ranked,
+    RankedScores,
+    Ratings,
+    Record,
+    Scores,
+    StepScores,
+    Unpaired,
+    Values,
+    masked_mean,
+    masked_sum,
+)
 from prefzoo.registry import UsageError
-from prefzoo.testing import CHECKS, Check, ContractError, check_loss, is_trained, loss_checks, random_record
+from prefzoo.testing import CHECKS, ContractError, check_loss, is_trained, loss_checks, random_record
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -28,19 +47,20 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.fixture
 def sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registrations of a test do not outlive it."""
-    LOSSES.names()  # load our own first
-    monkeypatch.setattr(LOSSES, "_entries", dict(LOSSES._entries))
-    monkeypatch.setattr(LOSSES, "_aliases", dict(LOSSES._aliases))
+    for registry in (LOSSES, MODIFIERS):
+        registry.names()  # load our own first
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+        monkeypatch.setattr(registry, "_aliases", dict(registry._aliases))
 
 
 # -- every registered loss keeps the contract -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "check", [c for n in LOSSES.names() for c in loss_checks(n)], ids=lambda c: f"{c.loss.name}-{c.name}"
-)
-def test_contract(check: Check) -> None:
-    check()
+@pytest.mark.parametrize("name", LOSSES.names())
+def test_contract(name: str) -> None:
+    results = check_loss(name)
+    assert set(results) == set(CHECKS)
+    assert UNDECLARED_CONTRAST not in results["side_shift"]
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -57,6 +77,18 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_contract_of_variants(name: str, options: dict[str, Any]) -> None:
     check_loss(name, **options)
+
+
+@pytest.mark.parametrize("name", LOSSES.names())
+def test_contract_of_every_mode(name: str) -> None:
+    """Every other name of a choice, every switch turned, every number where the default is none."""
+    loss = create_loss(name)
+    for option, default in loss.entry.own_options.items():
+        if not isinstance(default, float | int) or isinstance(default, bool):
+            for mode in itertools.islice(modes(loss, option), None if isinstance(default, str) else 1):
+                for check in loss_checks(mode):
+                    if check.name != "modifiers_keep_contract":
+                        check()
 
 
 @pytest.mark.parametrize("name", LOSSES.names())
@@ -269,6 +301,162 @@ def refuses_some_ignores_rest(batch: Pairs, *, clip: float | None = None) -> Los
     return LossOut(-F.logsigmoid(margin(batch)))
 
 
+# -- the symmetries that a family promises
+
+
+@breaks("masked_cells", "not valid")
+def counts_absent_completions(batch: Ranked) -> LossOut:
+    sum_PK = masked_sum(batch.logps_PKT, batch.mask_PKT)
+    return LossOut(-sum_PK[:, 0] + sum_PK.logsumexp(-1), {"rewards": batch.ratio_PK[:, 0].detach()})
+
+
+@breaks("padding", "valid_PK.sum")
+def divides_by_places(batch: Ranked) -> LossOut:
+    return LossOut((batch.ratio_PK[:, 1:].sum(-1) - batch.ratio_PK[:, 0]) / batch.ratio_PK.shape[1])
+
+
+@breaks("empty_row", "NaN or infinity", reference=False)
+def divides_by_nobody(batch: RankedScores) -> LossOut:
+    rewards_PK = torch.where(batch.valid_PK, batch.rewards_PK, 0.0)
+    return LossOut(-(rewards_PK[:, 0] - rewards_PK[:, 1]) / (batch.valid_PK.sum(-1) - 1))
+
+
+@breaks("advantage_scale", "Multiply by it", reference=False)
+def bounded_advantage(batch: PolicyGradient) -> LossOut:
+    return LossOut(-batch.logps_BT * batch.advantages_BT.detach().clamp(-0.5, 0.5))
+
+
+@breaks("advantage_scale", "Multiply by it", reference=False)
+def squared_advantage(batch: PolicyGradient) -> LossOut:
+    advantages_BT = batch.advantages_BT.detach()
+    return LossOut(-batch.logps_BT * advantages_BT * advantages_BT.abs())
+
+
+@breaks("ratio_shift", "missing in an exponent", reference=False)
+def probability_for_ratio(batch: PolicyGradient) -> LossOut:
+    return LossOut(-safe_exp(batch.logps_BT) * batch.advantages_BT.detach())
+
+
+@breaks("side_shift", "Is a side scaled", contrast=True)
+def halves_one_side(batch: Pairs) -> LossOut:
+    return LossOut(-F.logsigmoid(batch.chosen_ratio_B - 0.5 * batch.rejected_ratio_B))
+
+
+@breaks("side_shift", "Is a side scaled", contrast=True)
+def live_baseline(batch: Pairs) -> LossOut:
+    """Its value is that of a contrast; its gradient is not."""
+    extra_B = batch.chosen_ratio_B * batch.rejected_ratio_B
+    return LossOut(-F.logsigmoid(margin(batch)) + extra_B - extra_B.detach())
+
+
+@breaks("swap", "which answer was written first", contrast=True, extras=("probability_B",))
+def weighs_one_side(batch: Pairs) -> LossOut:
+    assert batch.probability_B is not None
+    return LossOut(-batch.probability_B * F.logsigmoid(margin(batch)))
+
+
+@breaks("swap", "which answer was written first", extras=("probability_B",))
+def weighs_one_score(batch: Scores) -> LossOut:
+    assert batch.probability_B is not None
+    return LossOut(-batch.probability_B * F.logsigmoid(batch.chosen_B - batch.rejected_B))
+
+
+@breaks("reward_shift", "chosen_B and rejected_B")
+def ratio_of_rewards(batch: Scores) -> LossOut:
+    return LossOut(-F.logsigmoid(batch.chosen_B - 0.9 * batch.rejected_B))
+
+
+@breaks("reward_shift", "rewards_PK")
+def squared_rewards(batch: RankedScores) -> LossOut:
+    rewards_PK = torch.where(batch.valid_PK, batch.rewards_PK, 0.0)
+    return LossOut(rewards_PK.square().sum(-1) - rewards_PK[:, 0])
+
+
+@breaks("reward_shift", "log_softmax")
+def distance_of_logits(batch: Distribution) -> LossOut:
+    distance_BTV = batch.logits_BTV - batch.teacher_logits_BTV.detach()
+    return LossOut(torch.where(batch.mask_BT[..., None], distance_BTV, 0.0).square().sum(-1))
+
+
+@breaks("reward_shift", "Subtract before you square")
+def relative_error(batch: Values) -> LossOut:
+    values_BT, returns_BT = (torch.where(batch.mask_BT, x, 0.0) for x in (batch.values_BT, batch.returns_BT.detach()))
+    return LossOut((values_BT - returns_BT).square() / (1 + returns_BT.square()))
+
+
+@breaks("prefers_chosen", "Are the sides exchanged", contrast=True)
+def sides_exchanged(batch: Pairs) -> LossOut:
+    return LossOut(-F.logsigmoid(-margin(batch)))
+
+
+@breaks("prefers_chosen", "Are the sides exchanged")
+def labels_exchanged(batch: Unpaired) -> LossOut:
+    return LossOut(torch.where(batch.desirable_B, 1.0, -1.0) * torch.sigmoid(batch.ratio_B))
+
+
+@breaks("prefers_chosen", "Are the sides exchanged")
+def worst_first(batch: Ranked) -> LossOut:
+    valid_PK = batch.valid_PK
+    return LossOut(batch.ratio_PK[:, 0] - torch.where(valid_PK, batch.ratio_PK, -1e4).logsumexp(-1) * valid_PK.any(-1))
+
+
+@breaks("prefers_chosen", "Are the sides exchanged")
+def scores_exchanged(batch: Scores) -> LossOut:
+    return LossOut(-F.logsigmoid(batch.rejected_B - batch.chosen_B))
+
+
+@breaks("moves_to_target", "away from its target")
+def flees_its_return(batch: Values) -> LossOut:
+    values_BT, returns_BT = (torch.where(batch.mask_BT, x, 0.0) for x in (batch.values_BT, batch.returns_BT.detach()))
+    return LossOut(-(values_BT - returns_BT).square())
+
+
+@breaks("moves_to_target", "prediction and target exchanged")
+def labels_for_right(batch: StepScores) -> LossOut:
+    return LossOut(batch.scores_BT * batch.labels_BT)
+
+
+@breaks("moves_to_target", "Is a sign wrong")
+def unlikelihood(batch: Likelihood) -> LossOut:
+    return LossOut(batch.logps_BT)
+
+
+@breaks("moves_to_target", "Is a sign wrong")
+def flees_its_rating(batch: Ratings) -> LossOut:
+    return LossOut(-(batch.rewards_B - batch.targets_B).square())
+
+
+@breaks("moves_to_target", "Is a sign wrong")
+def flees_its_teacher(batch: Distribution) -> LossOut:
+    p_BTV, q_BTV = (
+        torch.where(batch.mask_BT[..., None], x, 0.0).log_softmax(-1)
+        for x in (batch.logits_BTV, batch.teacher_logits_BTV.detach())
+    )
+    return LossOut((q_BTV.exp() * p_BTV).sum(-1))
+
+
+@breaks("needs_are_used", "drop it from extras", extras=("margin_B",))
+def idle_extra(batch: Pairs) -> LossOut:
+    return LossOut(-F.logsigmoid(margin(batch)))
+
+
+@breaks("needs_are_used", "no field of Pairs", extras=("margins_B",))
+def misspelt_extra(batch: Pairs) -> LossOut:
+    return LossOut(-F.logsigmoid(margin(batch)))
+
+
+@breaks("options_have_effect", "is refused at every value")
+def refuses_all(batch: Pairs, *, mode: Literal["a", "b"] = "a", weight: float = 0.0) -> LossOut:
+    if weight:
+        raise UsageError("weight has no effect here")
+    return LossOut(-F.logsigmoid(margin(batch)) * (2 if mode == "b" else 1))
+
+
+@breaks("options_have_effect", "option 'weight' changes nothing")
+def silent_without_its_mode(batch: Pairs, *, mode: Literal["a", "b"] = "a", weight: float = 0.5) -> LossOut:
+    return LossOut(-F.logsigmoid(margin(batch)) * (weight if mode == "b" else 1))
+
+
 @pytest.mark.usefixtures("sandbox")
 @pytest.mark.parametrize(
     ("check", "words", "function", "tags"), BROKEN, ids=[f"{b[0]}-{b[2].__name__}" for b in BROKEN]
@@ -284,7 +472,8 @@ def test_check_can_fail(check: str, words: str, function: Callable[..., LossOut]
 
 
 def test_every_check_has_a_broken_loss() -> None:
-    assert set(CHECKS) - {check for check, *_ in BROKEN} == {"wrong_record"}  # by the two tests below
+    # "wrong_record" and "modifiers_keep_contract" have tests of their own below.
+    assert set(CHECKS) - {check for check, *_ in BROKEN} == {"wrong_record", "modifiers_keep_contract"}
 
 
 def test_wrong_record_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +486,74 @@ def test_wrong_shape_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Record, "__post_init__", lambda self: None)
     with pytest.raises(ContractError, match="broadcasting would hide it"):
         CHECKS["wrong_record"](create_loss("dpo"))
+
+
+# -- modifiers are held to the contract of what they modify
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_a_modifier_that_breaks_the_contract_is_caught() -> None:
+    def leaky(loss: Callable[[Pairs], LossOut], batch: Pairs, *, leak: float = 0.0) -> LossOut:
+        return LossOut(loss(batch).loss - leak * batch.chosen_logps_BT.sum(-1))
+
+    register_modifier(leaky)
+    with pytest.raises(ContractError, match=r"with leak=0.05 it breaks 'masked_cells'[^$]*it breaks 'side_shift'"):
+        check_loss("dpo")
+    excused = ("masked_cells", "padding", "empty_row", "reference_shift", "side_shift")
+    register_modifier(leaky, exceptions=dict.fromkeys(excused, "leaks on purpose"))
+    assert check_loss("dpo")["modifiers_keep_contract"] == "passed"
+    assert check_loss("dpo", leak=0.1)["masked_cells"] == "exception: leaks on purpose"
+    assert check_loss("dpo", leak=0.1)["modifiers_keep_contract"] == "not applicable: a modifier is on already"
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_a_modifier_with_an_idle_option_is_caught() -> None:
+    @register_modifier
+    def doubled(loss: Callable[[Pairs], LossOut], batch: Pairs, *, double: bool = False, by: float = 2.0) -> LossOut:
+        out = loss(batch)
+        return LossOut(by * out.loss if double else out.loss, out.metrics)
+
+    with pytest.raises(ContractError, match="option 'by' changes nothing"):
+        check_loss("dpo")
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_a_modifier_that_refuses_everything_is_caught() -> None:
+    @register_modifier
+    def stubborn(loss: Callable[[Pairs], LossOut], batch: Pairs, *, stubborn: bool = False) -> LossOut:
+        raise UsageError("not this one")
+
+    with pytest.raises(ContractError, match="modifier 'stubborn' applies, but every value of its options is refused"):
+        check_loss("dpo")
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_an_exception_may_be_of_an_option() -> None:
+    def centred(batch: Scores, *, centering: float = 0.0) -> LossOut:
+        difference_B = batch.chosen_B - batch.rejected_B
+        return LossOut(-F.logsigmoid(difference_B) + centering * (batch.chosen_B + batch.rejected_B).square())
+
+    register_loss(centred)
+    check_loss(centred)
+    with pytest.raises(ContractError, match="reward_shift"):
+        check_loss(centred, centering=0.1)
+    register_loss(centred, exceptions={"reward_shift@centering": "the mean is pulled to 0"})
+    assert check_loss(centred)["reward_shift"] == "passed"
+    assert check_loss(centred, centering=0.1)["reward_shift"] == "exception: the mean is pulled to 0"
+    register_loss(centred, exceptions={"reward_shift@centring": "misspelt"})
+    with pytest.raises(UsageError, match="did you mean 'centering'"):
+        check_loss(centred)
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_an_undeclared_contrast_is_told() -> None:
+    def difference(batch: Pairs) -> LossOut:
+        return LossOut(-F.logsigmoid(margin(batch)))
+
+    register_loss(difference)
+    assert "contrast=True would say so" in check_loss(difference)["side_shift"]
+    register_loss(difference, contrast=True)
+    assert check_loss(difference)["side_shift"] == "passed"
 
 
 # -- correct losses of users pass; exceptions are declared and kept honest --------------------------------------------
@@ -317,7 +574,8 @@ def test_exception_is_honoured_and_kept_honest() -> None:
 @pytest.mark.usefixtures("sandbox")
 def test_whole_batch_is_declared() -> None:
     register_loss(centres_over_batch, whole_batch=True)
-    assert check_loss(centres_over_batch)["halves_equal_whole"].startswith("not applicable: declared whole_batch")
+    found = {c.name: c for c in loss_checks(centres_over_batch)}
+    assert found["halves_equal_whole"]().startswith("not applicable: declared whole_batch")
 
 
 @pytest.mark.usefixtures("sandbox")
