@@ -26,14 +26,19 @@ SOFT = "its labels are soft already: the sides exchanged together with their lab
 @torch.no_grad()
 def pair_metrics(batch: Pairs, beta: float) -> dict[str, Tensor]:
     """What TRL logs for pairs, (B,) each: implicit rewards beta * s, their margin, who wins, log-probabilities."""
-    chosen_B, rejected_B = beta * batch.chosen_ratio_B, beta * batch.rejected_ratio_B
+    return reward_metrics(batch, beta * batch.chosen_ratio_B, beta * batch.rejected_ratio_B)
+
+
+def reward_metrics(batch: Pairs, chosen_B: Tensor, rejected_B: Tensor) -> dict[str, Tensor]:
+    """The metrics of pairs, from the rewards of the two sides; detached."""
+    chosen_B, rejected_B = chosen_B.detach(), rejected_B.detach()
     return {
         "rewards/chosen": chosen_B,
         "rewards/rejected": rejected_B,
         "rewards/margins": chosen_B - rejected_B,
         "rewards/accuracies": (chosen_B > rejected_B).to(chosen_B.dtype),
-        "logps/chosen": batch.chosen_B,
-        "logps/rejected": batch.rejected_B,
+        "logps/chosen": batch.chosen_B.detach(),
+        "logps/rejected": batch.rejected_B.detach(),
     }
 
 

@@ -234,7 +234,7 @@ def apo_down(batch: Pairs, *, beta: Positive = 0.1) -> LossOut:
 
 @register_loss(
     paper="arXiv:2402.13228", recommended={"learning_rate": 1e-6},
-    exceptions={"prefers_chosen@label_smoothing": "read the other way, the penalty keeps the rejected side from falling"},
+    exceptions={"prefers_chosen@label_smoothing": "exchanged, the penalty holds the rejected side"},
 )  # fmt: skip
 def dpop(batch: Pairs, *, beta: Positive = 0.3, penalty: NotNegative = 50.0) -> LossOut:
     """DPO-positive (Smaug): DPO that punishes a chosen completion below the reference.
@@ -281,8 +281,8 @@ def by_rank(values_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @register_loss(
-    paper="arXiv:2406.05882", whole_batch=True, recommended={"learning_rate": 1e-6},
-    exceptions={"reference_shift": "policy and reference are sorted apart; what a pair shares by its lengths moves ranks"},
+    paper="arXiv:2406.05882", whole_batch=True, contrast=True, divergence=False, recommended={"learning_rate": 1e-6},
+    exceptions={"reference_shift": "policy and reference are sorted apart, and a constant per token moves the ranks"},
 )  # fmt: skip
 def aot(batch: Pairs, *, beta: Positive = 0.1) -> LossOut:
     """Alignment by optimal transport, paired: the policy's differences are to dominate the reference's, rank by rank.
