@@ -1,4 +1,4 @@
-"""Policy-gradient losses and their modifiers: relations between the entries, limits, and what each does to gradients."""
+"""Policy-gradient losses and their modifiers: relations between the entries, limits, what each does to gradients."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def test_no_loss_is_named_after_a_credit_or_a_count() -> None:
 def test_at_ratio_one_the_gradient_is_that_of_reinforce(name: str) -> None:
     """Summed over a completion's tokens it is the same; GMPO's loss is a mean over them."""
     record = on_policy(made())
-    scale_B = 1 / record.mask_BT.sum(-1) if name == "gmpo" else torch.ones(len(record.mask_BT))
+    length_B = record.mask_BT.sum(-1).double()
+    scale_B = 1 / length_B if name == "gmpo" else torch.ones_like(length_B)
     close(grad_of(name, record), grad_of("reinforce", record) * scale_B[:, None])
     close(grad_of("reinforce", record), -torch.where(record.mask_BT, record.advantages_BT, 0.0))
 
@@ -131,9 +132,9 @@ def test_the_clip_takes_gradient_only_where_it_would_go_further(
 ) -> None:
     """A > 0 above the range and A < 0 below it: no gradient; everywhere else the unclipped one."""
     record = given([[math.log(ratio)]], [advantage])
-    clips = (
-        {"clip": -math.log(0.8), "clip_high": math.log(1.28)} if name == "gmpo" else {"clip": 0.2, "clip_high": 0.28}
-    )
+    clips = {"clip": 0.2, "clip_high": 0.28}
+    if name == "gmpo":  # the same range, in log space
+        clips = {"clip": -math.log(0.8), "clip_high": math.log(1.28)}
     out = create_loss(name, **clips)(record)
     stopped = (side == "above" and advantage > 0) or (side == "below" and advantage < 0)
     close(gradient(out.loss, record), torch.tensor([[0.0 if stopped else -advantage * ratio]], dtype=torch.float64))
@@ -155,7 +156,7 @@ def test_the_dual_clip_bounds_the_loss_of_bad_tokens_only(bound: float) -> None:
 
 
 def test_the_dual_clip_below_the_clip_is_refused() -> None:
-    with pytest.raises(UsageError, match="dual_clip must exceed 1 \\+ clip_high = 1.28, got 1.2"):
+    with pytest.raises(UsageError, match=r"dual_clip must exceed 1 \+ clip_high = 1.28, got 1.2"):
         create_loss("clipped_surrogate", clip_high=0.28, dual_clip=1.2)(made())
 
 
@@ -278,7 +279,7 @@ def test_vespo_weighs_by_a_kernel_that_is_one_on_policy_and_largest_at_k_over_la
     phi = out.metrics["phi"][:, 0]
     close(phi[0], torch.ones((), dtype=torch.float64))
     assert bool((phi[1] > phi[2:]).all())
-    assert bool((phi[4:] < 1e-6).all())
+    assert bool((phi[4:] < 1e-5).all())
     close(gradient(out.loss, record), -sign * out.metrics["phi"])  # no gradient through the kernel
 
 
@@ -328,7 +329,7 @@ def test_grpo_dr_grpo_bnpo_and_dapo_are_counts_of_one_loss() -> None:
     close(token.mean(loss_BT, mask_BT), sum_B.sum() / length_B.sum())  # BNPO of one batch, and DAPO
     close(dr_grpo.mean(loss_BT, mask_BT), sum_B.sum() / (4 * rows))
     close(dr_grpo.mean(loss_BT, mask_BT), token.mean(loss_BT, mask_BT) * length_B.sum() / (4 * rows))
-    assert abs(float(grpo.mean(loss_BT, mask_BT) - token.mean(loss_BT, mask_BT))) > 1e-3
+    assert float((grpo.mean(loss_BT, mask_BT) - token.mean(loss_BT, mask_BT)).detach().abs()) > 1e-3
 
 
 def test_the_level_of_the_kls_ratio() -> None:
