@@ -20,7 +20,7 @@ from prefzoo.losses.modifiers import mean_nll
 from prefzoo.losses.numerics import deformed
 from prefzoo.losses.pairwise import reward_metrics
 from prefzoo.records import LossOut, Pairs, masked_mean, masked_sum
-from prefzoo.registry import NotNegative, Positive, UsageError
+from prefzoo.registry import NotNegative, Positive, Share, UsageError
 
 
 def mean_logps(batch: Pairs) -> tuple[Tensor, Tensor]:
@@ -191,8 +191,21 @@ def cpo_ipo(batch: Pairs, *, beta: Positive = 0.1, nll: NotNegative = 1.0) -> Lo
     return LossOut(loss_B, mean_metrics(batch, beta))
 
 
-@register_loss(paper="arXiv:2405.14734", reference=False, recommended={"learning_rate": 1e-6})
-def simpo(batch: Pairs, *, beta: Positive = 2.0, gamma: NotNegative = 0.5) -> LossOut:
+MARGIN_SMOOTHED = {
+    "prefers_chosen@label_smoothing": "beyond the logit where both readings balance a pair is pulled back"
+}
+
+
+def margin_loss(difference_B: Tensor, gamma: float, label_smoothing: float) -> Tensor:
+    """-(1 - ε) log σ(z) - ε log σ(-z) of z = difference - γ, (B,)."""
+    logits_B = difference_B - gamma
+    return -(1 - label_smoothing) * F.logsigmoid(logits_B) - label_smoothing * F.logsigmoid(-logits_B)
+
+
+@register_loss(
+    paper="arXiv:2405.14734", reference=False, recommended={"learning_rate": 1e-6}, exceptions=MARGIN_SMOOTHED
+)
+def simpo(batch: Pairs, *, beta: Positive = 2.0, gamma: NotNegative = 0.5, label_smoothing: Share = 0.0) -> LossOut:
     """Simple preference optimization: mean log-probabilities are the rewards, and a margin is asked of them.
 
         loss = -log σ(β π_w / n_w - β π_l / n_l - γ)
@@ -201,6 +214,7 @@ def simpo(batch: Pairs, *, beta: Positive = 2.0, gamma: NotNegative = 0.5) -> Lo
         batch: pairs, (B, T) log-probabilities per side, in nats.
         beta: scale of the reward, per nat per token.
         gamma: γ itself, the margin in reward units. Not γ / β: for a quoted ratio of 0.5 and beta = 2, give 1.0.
+        label_smoothing: ε; the logit z, its margin included, is smoothed: -(1 - ε) log σ(z) - ε log σ(-z).
 
     Returns:
         One loss per pair, (B,), in nats. Metrics (B,) as ``dpo``; the rewards in them are beta times the mean
@@ -208,7 +222,9 @@ def simpo(batch: Pairs, *, beta: Positive = 2.0, gamma: NotNegative = 0.5) -> Lo
 
     Convention: the paper's γ, which is also TRL's ``simpo_gamma``. The authors' later code, HALOs and open-instruct
     take γ / β. Pure SimPO has no likelihood term: TRL's trainer adds one unless ``cpo_alpha=0`` (here ``cpo_simpo``).
-    The defaults are TRL's gamma and the paper's smallest beta; the paper tunes γ from 0.3 to 1.6.
+    Smoothing is TRL's too: the flipped reading keeps the margin where it was, while the modifier of that name would
+    ask it of the other side. The defaults are TRL's gamma and the paper's smallest beta; the paper tunes γ from 0.3
+    to 1.6.
 
     Known failure: nothing holds the policy: with many steps or a large learning rate the log-probabilities of both
     sides fall, and answers degenerate. The learning rate matters more than beta.
@@ -222,13 +238,22 @@ def simpo(batch: Pairs, *, beta: Positive = 2.0, gamma: NotNegative = 0.5) -> Lo
     >>> simpo(batch, beta=2.0, gamma=1.0).loss  # -log σ(2 * (-1.5 + 2.5) - 1)
     tensor([0.3133])
     """
-    chosen_B, rejected_B = mean_logps(batch)
-    loss_B = -F.logsigmoid(beta * (chosen_B - rejected_B) - gamma)
-    return LossOut(loss_B, reward_metrics(batch, beta * chosen_B, beta * rejected_B))
+    chosen_B, rejected_B = (beta * mean_B for mean_B in mean_logps(batch))
+    loss_B = margin_loss(chosen_B - rejected_B, gamma, label_smoothing)
+    return LossOut(loss_B, reward_metrics(batch, chosen_B, rejected_B))
 
 
-@register_loss(paper="arXiv:2405.14734", reference=False, recommended={"learning_rate": 1e-6})
-def cpo_simpo(batch: Pairs, *, beta: Positive = 2.0, gamma: NotNegative = 0.5, nll: NotNegative = 1.0) -> LossOut:
+@register_loss(
+    paper="arXiv:2405.14734", reference=False, recommended={"learning_rate": 1e-6}, exceptions=MARGIN_SMOOTHED
+)
+def cpo_simpo(
+    batch: Pairs,
+    *,
+    beta: Positive = 2.0,
+    gamma: NotNegative = 0.5,
+    nll: NotNegative = 1.0,
+    label_smoothing: Share = 0.0,
+) -> LossOut:
     """CPO-SimPO: SimPO with the likelihood term of CPO, which keeps the chosen completion likely.
 
         loss = -log σ(β π_w / n_w - β π_l / n_l - γ) - c π_w / n_w
@@ -238,6 +263,7 @@ def cpo_simpo(batch: Pairs, *, beta: Positive = 2.0, gamma: NotNegative = 0.5, n
         beta: scale of the reward, per nat per token.
         gamma: γ itself, the margin in reward units, not γ / β.
         nll: c, weight of the likelihood term, a mean over the tokens.
+        label_smoothing: ε, of the comparison alone, as in ``simpo``.
 
     Returns:
         One loss per pair, (B,), in nats. Metrics (B,) as ``cpo``; the rewards in them are beta times the mean
@@ -259,12 +285,21 @@ def cpo_simpo(batch: Pairs, *, beta: Positive = 2.0, gamma: NotNegative = 0.5, n
     >>> cpo_simpo(batch, beta=2.0, gamma=1.0, nll=0.1).loss  # 0.3133 + 0.1 * 1.5
     tensor([0.4633])
     """
-    out = simpo(batch, beta=beta, gamma=gamma)
+    out = simpo(batch, beta=beta, gamma=gamma, label_smoothing=label_smoothing)
     return LossOut(out.loss + nll * mean_nll(batch), mean_metrics(batch, beta))
 
 
-@register_loss(paper="arXiv:2501.03884", reference=False, recommended={"learning_rate": 1e-6})
-def alphapo(batch: Pairs, *, beta: Positive = 2.0, gamma: NotNegative = 0.5, alpha: float = 0.25) -> LossOut:
+@register_loss(
+    paper="arXiv:2501.03884", reference=False, recommended={"learning_rate": 1e-6}, exceptions=MARGIN_SMOOTHED
+)
+def alphapo(
+    batch: Pairs,
+    *,
+    beta: Positive = 2.0,
+    gamma: NotNegative = 0.5,
+    alpha: float = 0.25,
+    label_smoothing: Share = 0.0,
+) -> LossOut:
     """AlphaPO: SimPO with a bent reward, so that the shape decides how far the probabilities of both sides fall.
 
         loss = -log σ(β r_w - β r_l - γ),   r = (1 - exp(-α π / n)) / α
@@ -274,6 +309,7 @@ def alphapo(batch: Pairs, *, beta: Positive = 2.0, gamma: NotNegative = 0.5, alp
         beta: scale of the reward.
         gamma: γ itself, the margin in reward units.
         alpha: shape of the reward; 0 is ``simpo``. Above 0 the gradient grows as a completion becomes unlikely.
+        label_smoothing: ε, of the logit with its margin, as in ``simpo``.
 
     Returns:
         One loss per pair, (B,), in nats. Metrics (B,) as ``dpo``; the rewards in them are β r.
@@ -295,9 +331,9 @@ def alphapo(batch: Pairs, *, beta: Positive = 2.0, gamma: NotNegative = 0.5, alp
     >>> alphapo(batch, beta=1.0, gamma=0.0, alpha=1.0).loss  # -log σ((1 - e) - (1 - e²))
     tensor([0.0093])
     """
-    chosen_B, rejected_B = (deformed(mean_B, alpha) for mean_B in mean_logps(batch))
-    loss_B = -F.logsigmoid(beta * (chosen_B - rejected_B) - gamma)
-    return LossOut(loss_B, reward_metrics(batch, beta * chosen_B, beta * rejected_B))
+    chosen_B, rejected_B = (beta * deformed(mean_B, alpha) for mean_B in mean_logps(batch))
+    loss_B = margin_loss(chosen_B - rejected_B, gamma, label_smoothing)
+    return LossOut(loss_B, reward_metrics(batch, chosen_B, rejected_B))
 
 
 # -- odds -------------------------------------------------------------------------------------------------------------
