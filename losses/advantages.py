@@ -85,10 +85,15 @@ def group_relative(
             raise UsageError("group_relative: sample and eps have no effect with scale='none', which never divides.")
         return centred_B
     if scale == "batch":
-        return centred_B / (_std(rewards_B, sample) + eps)
+        return _over(centred_B, _std(rewards_B, sample) + eps)
     size_B = _known(rewards_B, group_B)
     variance_B = _group_sum(centred_B.square(), group_B) / (size_B - int(sample)).clamp(min=1)
-    return centred_B / (variance_B.sqrt() + eps)
+    return _over(centred_B, variance_B.sqrt() + eps)
+
+
+def _over(centred_B: Tensor, scale: Tensor) -> Tensor:
+    """Their quotient, 0 where the first is 0: no contrast is no signal even without an eps."""
+    return torch.where(centred_B == 0, 0.0, centred_B / scale)
 
 
 def _std(values_B: Tensor, sample: bool = True) -> Tensor:
@@ -219,7 +224,8 @@ def gdpo(
     weight_R = torch.ones_like(rewards_BR[0]) if weights is None else rewards_BR.new_tensor(weights)
     total_B = torch.stack(columns, 1) @ weight_R
     missing_B = rewards_BR.isnan().all(1)
-    return total_B / (_std(total_B.masked_fill(missing_B, torch.nan)) + eps)  # each group's sum is 0: so is the mean
+    # Each group's sum is 0, and so is the mean of the batch.
+    return _over(total_B, _std(total_B.masked_fill(missing_B, torch.nan)) + eps)
 
 
 @register_credit(paper="arXiv:1506.02438")

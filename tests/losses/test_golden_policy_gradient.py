@@ -262,7 +262,7 @@ def test_distribution(x: Case, case: Case, dtype: torch.dtype) -> None:
         assert_close(value_N.mean(), expected["reduced"], case)
         (gradient_NV,) = torch.autograd.grad(value_N.mean(), logits_NV)
         if dtype == torch.float32 and case["inputs"] == "dist_extreme":
-            # Logits of 5000 have steps of 5e-4 in float32: the inputs are not those of the file. TRL's code is 4e-5 off.
+            # Logits of 5000 have steps of 5e-4 in float32: the inputs are not those of the file. TRL is 4e-5 off.
             expected_NV = torch.tensor(expected["grad"]["policy_logits"])
             torch.testing.assert_close(gradient_NV, expected_NV, rtol=1e-3, atol=4e-5)
         else:
