@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,18 +128,85 @@ def hard_labels(entry: str) -> Iterator[Finding]:
     yield Finding(entry, "optimum", "hard labels: s_w - s_l ends at log((1 - ε)/ε) / β", gap, 1e-5)
 
 
-ONE_TOKEN = {"ipo": "ipo_sum", "dpo_norm": "dpo", "length_dpo": "dpo"}
+# Entry, its options, and what it is then.
+ONE_TOKEN: dict[str, tuple[dict[str, float], str, dict[str, float]]] = {
+    "ipo": ({}, "ipo_sum", {}),
+    "dpo_norm": ({}, "dpo", {}),
+    "length_dpo": ({}, "dpo", {}),
+    "tdpo1": ({}, "dpo", {}),
+    "tdpo2": ({}, "dpo", {}),
+    "simpo": ({"gamma": 0.0}, "cpo", {"nll": 0.0}),
+    "cpo_simpo": ({"gamma": 0.0, "nll": 0.3}, "cpo", {"nll": 0.3}),
+}
 
 
 @theorem(*ONE_TOKEN)
 def one_token(entry: str) -> Iterator[Finding]:
-    """Where every response has one token, dividing by lengths or paying for them does nothing."""
+    """Where every response has one token, dividing by lengths does nothing, and both sides of a pair drift alike."""
     world = next(worlds())
-    pairs, other = pairs_of(world.policy, world.reference), ONE_TOKEN[entry]
-    gap = float(
-        (create_loss(entry, beta=BETA)(pairs).loss - create_loss(other, beta=BETA)(pairs).loss).detach().abs().max()
-    )
+    own, other, others = ONE_TOKEN[entry]
+    pairs = pairs_of(world.policy, world.reference)
+    ours, theirs = create_loss(entry, beta=BETA, **own), create_loss(other, beta=BETA, **others)
+    gap = float((ours(pairs).loss - theirs(pairs).loss).detach().abs().max())
     yield Finding(entry, "limit", f"responses of one token: equals {other}", gap, 1e-12)
+
+
+# Entry, the option that switches off what it adds, and what it is then.
+SWITCHED_OFF: dict[str, tuple[dict[str, float], str, dict[str, float]]] = {
+    "length_dpo": ({"alpha": 0.0}, "dpo", {}),
+    "rpo_nll": ({"nll": 0.0}, "dpo", {}),
+    "dpop": ({"penalty": 0.0}, "dpo", {}),
+    "tdpo2": ({"alpha": 0.0}, "dpo", {}),
+    "alphapo": ({"alpha": 1e-7, "gamma": 0.5}, "simpo", {"gamma": 0.5}),
+    "cpo_simpo": ({"nll": 0.0, "gamma": 0.5}, "simpo", {"gamma": 0.5}),
+    "tpo": ({"alpha": 0.0}, "cpo", {"nll": 0.0}),
+}
+
+
+@theorem(*SWITCHED_OFF)
+def switched_off(entry: str) -> Iterator[Finding]:
+    """Without what it adds it is the loss that it was made from."""
+    own, other, others = SWITCHED_OFF[entry]
+    gaps = []
+    for world in worlds():
+        pairs = pairs_of(world.policy, world.reference)
+        ours, theirs = create_loss(entry, beta=BETA, **own), create_loss(other, beta=BETA, **others)
+        gaps.append(float((ours(pairs).loss - theirs(pairs).loss).detach().abs().max()))
+    small = entry == "alphapo"
+    claim = f"{next(iter(own))} {'→' if small else '='} 0: equals {other}"
+    yield Finding(entry, "limit", claim, max(gaps), 1e-6 if small else 1e-12)
+
+
+@theorem("orpo")
+def pair_of_equals(entry: str) -> Iterator[Finding]:
+    """A response compared with itself shows the two terms apart."""
+    gaps = []
+    for world in worlds():
+        same_B = torch.arange(len(world.behaviour_R))
+        ours = create_loss(entry, beta=0.7, nll=0.4)(pairs_of(world.policy, world.reference, same_B, same_B)).loss
+        gaps.append(float((ours + 0.4 * world.facts.mean_log_prob_R - 0.7 * math.log(2)).detach().abs().max()))
+    yield Finding(entry, "identity", "a response against itself costs c NLL / n + λ log 2", max(gaps), 1e-12)
+
+
+@theorem("tdpo2")
+def stopped_gradient(entry: str) -> Iterator[Finding]:
+    """The stopped gradient leaves the optimum of its own classifier: a bias that grows with α."""
+    for alpha in (0.1, 0.5):
+        shares = []
+        for world in worlds():
+            facts = world.facts
+            win_RR = torch.sigmoid(BETA * (differences(facts.ratio_R) + alpha * differences(facts.drift_R)))
+            weight_B, loss = labelled(world.behaviour_R, win_RR), create_loss(entry, beta=BETA, alpha=alpha)
+            at, start = (
+                float(p.gradient(population_loss(loss, p, world.reference, weight_B)).abs().max())
+                for p in (world.policy, unfrozen(world.reference))
+            )
+            shares.append(at / start)
+        claim = (
+            f"α = {alpha}: where its logits are those of the labels the gradient is not 0, because D_w has none: it "
+            "pulls on to the reference (share of that at the reference)"
+        )
+        yield Finding(entry, "bias", claim, max(shares), None)
 
 
 # -- losses without an optimum inside ---------------------------------------------------------------------------------
@@ -166,12 +234,31 @@ def below_margin(margin_B: Tensor) -> tuple[Tensor, Tensor]:
     return -push_B, push_B
 
 
+def below_free_margin(chosen: Facts, rejected: Facts, scale: float, margin: float, nll: float) -> tuple[Tensor, Tensor]:
+    push_B = scale * (scale * (chosen.log_prob_R - rejected.log_prob_R) < margin).double()
+    return -push_B - nll, push_B
+
+
 PUSHES: dict[str, list[Push]] = {
     "hinge": [
         Push(
             "a pair pushes both sides by β while β (s_w - s_l) < 1, and not at all beyond",
             lambda w, l: below_margin(w.ratio_R - l.ratio_R),  # noqa: E741
             {"beta": BETA},
+        )
+    ],
+    "cpo_hinge": [
+        Push(
+            "a pair pushes both sides by β while β (log π_w - log π_l) < 1; the chosen one rises by c always",
+            lambda w, l: below_free_margin(w, l, BETA, 1.0, 0.3),  # noqa: E741
+            {"beta": BETA, "nll": 0.3},
+        )
+    ],
+    "slic_hf": [
+        Push(
+            "a pair pushes both sides by 1 while log π_w - log π_l < δ; the chosen one rises by λ always",
+            lambda w, l: below_free_margin(w, l, 1.0, 0.8, 0.3),  # noqa: E741
+            {"delta": 0.8, "nll": 0.3},
         )
     ],
     "apo_zero": [
@@ -256,14 +343,21 @@ def majority(entry: str) -> Iterator[Finding]:
     yield Finding(entry, "gradient", claim, max(gaps), EXACT)
 
 
-@theorem("hinge")
+HINGES: dict[str, dict[str, float]] = {
+    "hinge": {"beta": 1.0},
+    "cpo_hinge": {"beta": 1.0, "nll": 0.0},
+    "slic_hf": {"delta": 1.0, "nll": 0.0},
+}
+
+
+@theorem(*HINGES)
 def majority_of_pairs(entry: str) -> Iterator[Finding]:
     """Two responses: the optimum is a margin of 1 for the likelier winner, however likely."""
-    grid, far, loss = torch.linspace(-3, 3, 1201, dtype=torch.float64), 0.0, create_loss(entry, beta=1.0)
+    grid, far, loss = torch.linspace(-3, 3, 1201, dtype=torch.float64), 0.0, create_loss(entry, **HINGES[entry])
     for p in (0.55, 0.9, 0.2):
         value = p * loss(pairs_apart(grid)).loss + (1 - p) * loss(pairs_apart(-grid)).loss
         far = max(far, abs(float(grid[value.argmin()]) - (1.0 if p > 0.5 else -1.0)))
-    claim = "two responses: the optimum is β (s - s') = ±1, the sign being that of p - 1/2: how likely is not learned"
+    claim = "two responses: the optimum is the margin itself, for the likelier winner: how likely is not learned"
     yield Finding(entry, "optimum", claim, far, 0.01)
 
 
@@ -287,8 +381,8 @@ def above_reference(entry: str) -> Iterator[Finding]:
             near = moved(policy, 1e-4, seed=seed)
             gains.append(start - float(population_loss(loss, near, world.reference, weight_B).detach()))
     claim = (
-        "Bradley-Terry labels, which favour each response sometimes: no step lowers the loss, so it stays at the reference "
-        "(the most that any of 60 small steps gains)"
+        "Bradley-Terry labels, which favour each response sometimes: no step lowers the loss, so it stays at the "
+        "reference (the most that any of 60 small steps gains)"
     )
     yield Finding(entry, "optimum", claim, max(gains), 0.0)
 

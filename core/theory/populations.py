@@ -121,7 +121,10 @@ def pairs_of(
     rejected_B: Tensor | None = None,
     **fields: Tensor,
 ) -> Pairs:
-    """The record of these pairs of responses; all ordered pairs, R * R, row by row, where none are named."""
+    """The record of these pairs of responses; all ordered pairs, R * R, row by row, where none are named.
+
+    The gold completion of a pair is its chosen one; the step that a label is about is all but the first token.
+    """
     count = len(policy.strings)
     if chosen_B is None or rejected_B is None:
         chosen_B = torch.arange(count).repeat_interleave(count)
@@ -138,8 +141,10 @@ def pairs_of(
             f"ref_{side}_logps_BT": ref_RT[index_B],
             f"{side}_kl_BT": kl_RT[index_B],
             f"{side}_log_sq_BT": log_sq_RT[index_B],
+            f"{side}_step_BT": mask_RT[index_B] & (torch.arange(mask_RT.shape[1]) > 0),
         }
-    return Pairs(**(sides | fields))
+    gold = {"gold_logps_BT": sides["chosen_logps_BT"], "gold_mask_BT": sides["chosen_mask_BT"]}
+    return Pairs(**(sides | gold | fields))
 
 
 def labelled(behaviour_R: Tensor, win_RR: Tensor) -> Tensor:
@@ -150,8 +155,9 @@ def labelled(behaviour_R: Tensor, win_RR: Tensor) -> Tensor:
 def population_loss(
     loss: Loss, policy: EnumerablePolicy, reference: EnumerablePolicy, weight_B: Tensor, **fields: Tensor
 ) -> Tensor:
-    """The loss over the population of all ordered pairs, a scalar."""
-    return (weight_B * loss(pairs_of(policy, reference, **fields)).loss).sum()
+    """The loss over the population of all ordered pairs, a scalar; of token losses the sum over the tokens."""
+    loss_B = loss(pairs_of(policy, reference, **fields)).loss
+    return (weight_B * (loss_B.sum(-1) if loss_B.dim() == 2 else loss_B)).sum()
 
 
 def minimise(parameters: Iterable[Tensor], objective: Callable[[], Tensor], steps: int = 200) -> None:

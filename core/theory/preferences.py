@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class Case:
 
     ``preferences``: from the facts of π* and a behaviour, the preferences and the behaviour under which it is optimal.
     ``fields``: further columns of all pairs, (R * R,), from the facts and the preferences.
-    ``within``: of all pairs those that are compared, (R, R).
+    ``within``: of all pairs those that are compared, (R, R). ``strings_only``: not for responses of one token.
     """
 
     claim: str
@@ -57,6 +57,7 @@ class Case:
     fields: Callable[[Facts, Tensor], dict[str, Tensor]] = lambda facts, win_RR: {}
     within: Callable[[World], Tensor] | None = None
     reached: bool = True
+    strings_only: bool = False
 
 
 def win(preference: Callable[[Facts], Tensor]) -> Callable[[Facts, Tensor], Preferences]:
@@ -126,9 +127,35 @@ def desensitised(facts: Facts, alpha: float) -> Tensor:
     return side_RR - side_RR.T
 
 
+def share_first_token(world: World) -> Tensor:
+    """Whether two responses begin alike and both go on, (R, R)."""
+    first_R, longer_R = world.policy.tokens_RT[:, 0], world.policy.mask_RT[:, 1]
+    return ((first_R[:, None] == first_R) & longer_R[:, None] & longer_R).double()
+
+
+def per_token_with_margin(scale: float, gamma: float) -> Callable[[Facts], Tensor]:
+    """Preferences that are at rest with SimPO's logit: p σ(γ - x) = (1 - p) σ(γ + x)."""
+    return from_slopes(lambda x: -torch.sigmoid(gamma - x), lambda f: scale * differences(f.mean_log_prob_R))
+
+
+def log_odds(facts: Facts) -> Tensor:
+    """Of the mean token probability, (R,)."""
+    return torch.logit(facts.mean_log_prob_R.exp())
+
+
+def bent(facts: Facts, alpha: float = 0.25) -> Tensor:
+    """AlphaPO's reward of the mean token probability p: (1 - p^-α) / α."""
+    return (1 - facts.mean_log_prob_R.exp() ** -alpha) / alpha
+
+
 def margins(facts: Facts) -> Tensor:
     """Some true gaps of reward, (R, R)."""
     return differences(noise(len(facts.ratio_R), seed=7))
+
+
+def free(scale: float) -> Callable[[Facts], Tensor]:
+    """p = σ(scale (log π(y) - log π(y'))): Bradley-Terry labels of a policy without reference."""
+    return lambda facts: torch.sigmoid(scale * differences(facts.log_prob_R))
 
 
 def from_slopes(slope: Callable[[Tensor], Tensor], logit: Callable[[Facts], Tensor]) -> Callable[[Facts], Tensor]:
@@ -152,25 +179,6 @@ LAMBDA = math.log((1 - SMOOTHING) / SMOOTHING)
 CASES: dict[str, list[Case]] = {
     "dpo": [
         Case("π ∝ ref exp(r/β), r the rewards of Bradley-Terry labels", win(bradley_terry(BETA)), {"beta": BETA}),
-        *(
-            Case(
-                f"β f'(π/ref) = r + const, f of the divergence {name}",
-                win(lambda f, slope=slope: torch.sigmoid(BETA * differences(slope(f.ratio_R.exp())))),
-                {"beta": BETA, "divergence": name, **({"divergence_alpha": 0.3} if name == "alpha" else {})},
-            )
-            for name, slope in SLOPES.items()
-        ),
-        Case(
-            "π ∝ ref exp(r/β), under WPO weights too: a weight does not move what each pair asks for",
-            win(bradley_terry(BETA)),
-            {"beta": BETA, "wpo": True},
-            reached=False,  # the weights move with the policy and have no gradient: descent has no value to go down
-        ),
-        Case(
-            "β times the difference of LD-DPO's log-ratios is r - r'",
-            win(lambda f: torch.sigmoid(BETA * desensitised(f, 0.4))),
-            {"beta": BETA, "ld_alpha": 0.4},
-        ),
     ],
     "cdpo": [
         Case(
@@ -274,6 +282,97 @@ CASES: dict[str, list[Case]] = {
             {"beta": BETA, "nll": 0.7},
         )
     ],
+    "tdpo1": [
+        Case(
+            "β (s - s') + β (D - D') is r - r', D the sequential KL(ref ‖ π)",
+            win(lambda f: torch.sigmoid(BETA * (differences(f.ratio_R) + differences(f.drift_R)))),
+            {"beta": BETA},
+        )
+    ],
+    "step_dpo": [
+        Case(
+            "given the steps before, π ∝ ref exp(r/β) for the rest",
+            win(bradley_terry(BETA)),
+            {"beta": BETA},
+            within=share_first_token,
+            reached=False,  # nothing trains the first tokens
+            strings_only=True,
+        )
+    ],
+    "tpo": [
+        Case(
+            "π ∝ exp(r/β), if the gold responses are distributed as n π",
+            chosen_like(lambda f: f.log_prob_R.exp() * f.length_R, free(BETA)),
+            {"beta": BETA, "alpha": 0.7},
+        )
+    ],
+    "chosen_nll": [
+        Case(
+            "π is the distribution of the chosen responses",
+            chosen_like(lambda f: f.log_prob_R.exp(), lambda f: torch.sigmoid(margins(f) / 2)),
+        )
+    ],
+    "cpo": [
+        Case(
+            "π ∝ exp(r/β), r the rewards of Bradley-Terry labels, without the likelihood term",
+            win(free(BETA)),
+            {"beta": BETA, "nll": 0.0},
+        ),
+        Case(
+            "π ∝ exp(r/β), with the term if the chosen responses are distributed as π",
+            chosen_like(lambda f: f.log_prob_R.exp(), free(BETA)),
+            {"beta": BETA, "nll": 0.7},
+        ),
+    ],
+    "cpo_ipo": [
+        Case(
+            "log π = n (P(y ≻ μ)/β + const), whatever the preferences, without the likelihood term",
+            additive(lambda f: 0.2 * f.mean_log_prob_R),
+            {"beta": 0.2, "nll": 0.0},
+        ),
+        Case(
+            "log π = n (P(y ≻ μ)/β + const), with the term if the chosen responses are distributed as n π",
+            chosen_like(
+                lambda f: f.log_prob_R.exp() * f.length_R, lambda f: 0.5 + 0.2 * differences(f.mean_log_prob_R)
+            ),
+            {"beta": 0.2, "nll": 0.7},
+        ),
+    ],
+    "simpo": [
+        Case(
+            "log π = n (r/β + const), r the rewards of Bradley-Terry labels, at γ = 0",
+            win(lambda f: torch.sigmoid(differences(f.mean_log_prob_R))),
+            {"beta": 1.0, "gamma": 0.0},
+        ),
+        Case(
+            "each pair is at rest: p σ(γ - x) = (1 - p) σ(γ + x), x its difference of rewards",
+            win(per_token_with_margin(1.0, 0.5)),
+            {"beta": 1.0, "gamma": 0.5},
+        ),
+    ],
+    "cpo_simpo": [
+        Case(
+            "each pair is at rest as in simpo, and the chosen responses are distributed as n π",
+            chosen_like(lambda f: f.log_prob_R.exp() * f.length_R, per_token_with_margin(1.0, 0.5)),
+            {"beta": 1.0, "gamma": 0.5, "nll": 0.7},
+        )
+    ],
+    "alphapo": [
+        Case(
+            "each pair is at rest: p σ(γ - x) = (1 - p) σ(γ + x), x its difference of bent rewards",
+            win(from_slopes(lambda x: -torch.sigmoid(0.5 - x), lambda f: differences(bent(f)))),
+            {"beta": 1.0, "gamma": 0.5, "alpha": 0.25},
+        )
+    ],
+    "orpo": [
+        Case(
+            "the odds ratio is that of the labels, and the chosen responses are distributed as n π",
+            chosen_like(
+                lambda f: f.log_prob_R.exp() * f.length_R, lambda f: torch.sigmoid(differences(log_odds(f)))
+            ),
+            {"beta": 0.7},
+        )
+    ],
     "dpo_norm": [
         Case(
             "log π/ref = n (r/β + const), n the length, r the rewards of Bradley-Terry labels",
@@ -284,11 +383,70 @@ CASES: dict[str, list[Case]] = {
 }  # fmt: skip
 
 
-def check_case(entry: str, case: Case) -> Iterator[Finding]:
+# What modifiers make of a loss, and of which.
+MODIFIED: dict[str, tuple[str, list[Case]]] = {
+    "divergence": (
+        "dpo",
+        [
+            Case(
+                f"β f'(π/ref) = r + const, f of the divergence {name} and r the rewards of Bradley-Terry labels",
+                win(lambda f, slope=slope: torch.sigmoid(BETA * differences(slope(f.ratio_R.exp())))),
+                {"beta": BETA, "divergence": name, **({"divergence_alpha": 0.3} if name == "alpha" else {})},
+            )
+            for name, slope in SLOPES.items()
+        ],
+    ),
+    "wpo": (
+        "dpo",
+        [
+            Case(
+                "π ∝ ref exp(r/β), as without the weights: they do not move what each pair asks for",
+                win(bradley_terry(BETA)),
+                {"beta": BETA, "wpo": True},
+                reached=False,  # the weights move with the policy and have no gradient: there is no value to go down
+            )
+        ],
+    ),
+    "length_desensitised": (
+        "dpo",
+        [
+            Case(
+                "β times the difference of the weighted log-ratios is r - r'",
+                win(lambda f: torch.sigmoid(BETA * desensitised(f, 0.4))),
+                {"beta": BETA, "ld_alpha": 0.4},
+            )
+        ],
+    ),
+    "label_smoothing": (
+        "ipo_sum",
+        [
+            Case(
+                "π ∝ ref exp((1 - 2ε) P(y ≻ μ)/β), whatever the preferences",
+                additive(lambda f: 0.3 * f.ratio_R / (1 - 2 * SMOOTHING)),
+                {"beta": 0.3, "label_smoothing": SMOOTHING},
+            )
+        ],
+    ),
+    "nll": (
+        "dpo",
+        [
+            Case(
+                "π ∝ ref exp(r/β), if the chosen responses are distributed as n π",
+                chosen_like(lambda f: f.log_prob_R.exp() * f.length_R, bradley_terry(BETA)),
+                {"beta": BETA, "nll": 0.7},
+            )
+        ],
+    ),
+}
+
+
+def check_case(entry: str, name: str, case: Case) -> Iterator[Finding]:
     """The gradient at π*, the largest of the worlds, as a share of that at the reference; and where descent ends."""
-    loss = create_loss(entry, **case.options)
+    loss = create_loss(name, **case.options)
     shares, ends = [], []
     for world in worlds():
+        if case.strings_only and world.policy.length == 1:
+            continue
         win_RR, behaviour_R = case.preferences(world.facts, world.behaviour_R)
         if not bool(((win_RR >= 0) & (win_RR <= 1)).all()):
             raise AssertionError(f"{entry}, {world.name}: the case's preferences are no probabilities: {win_RR}.")
@@ -318,4 +476,28 @@ def check_case(entry: str, case: Case) -> Iterator[Finding]:
 def population_optimum(entry: str) -> Iterator[Finding]:
     """The population gradient vanishes at the optimum of the paper, and descent from the reference ends there."""
     for case in CASES[entry]:
-        yield from check_case(entry, case)
+        yield from check_case(entry, entry, case)
+
+
+@theorem(*MODIFIED)
+def modified_optimum(entry: str) -> Iterator[Finding]:
+    """The same for a modifier, of the loss that it is shown on."""
+    loss, cases = MODIFIED[entry]
+    for case in cases:
+        yield from check_case(entry, loss, replace(case, claim=f"{case.claim}; of {loss}"))
+
+
+@theorem("wpo")
+def on_policy(entry: str) -> Iterator[Finding]:
+    """What the weights are for: pairs from elsewhere count as if the policy had written them."""
+    world = next(worlds())  # of one token, where the alignment by Σp² is the same for all
+    count, win_RR = len(world.behaviour_R), bradley_terry(2.0)(world.facts)
+    even_R = torch.full((count,), 1 / count, dtype=torch.float64)
+    gradients = []
+    for behaviour_R, wpo in ((world.facts.log_prob_R.exp(), False), (even_R, True)):
+        loss = create_loss("dpo", beta=BETA, wpo=wpo)
+        value = population_loss(loss, world.policy, world.reference, labelled(behaviour_R, win_RR))
+        gradients.append(world.policy.gradient(value))
+    own, weighted = (g / g.norm() for g in gradients)
+    claim = "responses of one token, drawn evenly: with the weights the gradient has the direction of that of own pairs"
+    yield Finding(entry, "expectation", claim, float((own - weighted).abs().max()), EXACT)

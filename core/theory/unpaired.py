@@ -107,7 +107,7 @@ def majority(entry: str) -> Iterator[Finding]:
     weight_B = weights_of(world.behaviour_R, desirable_R)
     policy = unfrozen(world.reference)
     minimise(policy.parameters(), lambda: population_loss(loss, world, policy, weight_B, **scalars))
-    left = float(policy.log_probs().exp()[desirable_R < 0.5].sum())
+    left = float(policy.log_probs().detach().exp()[desirable_R < 0.5].sum())
     claim = "no response that the majority calls undesirable keeps probability at the optimum (mass left)"
     yield Finding(entry, "optimum", claim, left, 1e-3)
 
