@@ -55,3 +55,14 @@ def masked(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     tensor([[1., 0.]])
     """
     return torch.where(mask_BT, values_BT, 0.0)
+
+
+def by_case(case: Tensor, where: float, elsewhere: float, like: Tensor) -> Tensor:
+    """One number where the case holds, another elsewhere, in the precision of ``like``.
+
+    ``torch.where`` of two Python numbers would round them to float32.
+
+    >>> by_case(torch.tensor([True, False]), 1.0, 1.05, torch.zeros(2, dtype=torch.float64))
+    tensor([1.0000, 1.0500], dtype=torch.float64)
+    """
+    return torch.full_like(like, elsewhere).masked_fill(case, where)

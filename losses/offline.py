@@ -6,10 +6,8 @@ their weights are the algorithm's. How the tokens are then chosen (π · exp(β 
 
 from __future__ import annotations
 
-import torch
-
 from prefzoo.losses.base import register_loss
-from prefzoo.losses.numerics import masked
+from prefzoo.losses.numerics import by_case, masked
 from prefzoo.records import Heads, LossOut
 from prefzoo.registry import Share, UsageError
 
@@ -35,6 +33,7 @@ def ilql_q(batch: Heads, *, gamma: Share = 0.99) -> LossOut:
 
     Source: Snell et al. (ILQL), arXiv:2206.11871; implicit Q-learning: Kostrikov et al., arXiv:2110.06169.
 
+    >>> import torch
     >>> one, half = torch.ones(1, 1), torch.full((1, 1), 0.5)
     >>> batch = Heads(q1_BT=half, q2_BT=0 * half, v_BT=half, next_v_BT=0 * half, target_q_BT=half, rewards_BT=one,
     ...     mask_BT=one > 0)
@@ -68,6 +67,7 @@ def ilql_v(batch: Heads, *, expectile: Share = 0.7) -> LossOut:
 
     Source: Snell et al. (ILQL), arXiv:2206.11871; the expectile: Kostrikov et al., arXiv:2110.06169, equation 5.
 
+    >>> import torch
     >>> zero, one = torch.zeros(1, 2), torch.ones(1, 2)
     >>> batch = Heads(q1_BT=zero, q2_BT=zero, v_BT=zero, next_v_BT=zero, rewards_BT=zero, mask_BT=one > 0,
     ...     target_q_BT=torch.tensor([[1.0, -1.0]]))
@@ -76,7 +76,7 @@ def ilql_v(batch: Heads, *, expectile: Share = 0.7) -> LossOut:
     """
     v_BT = masked(batch.v_BT, batch.mask_BT)
     error_BT = masked(batch.target_q_BT.detach(), batch.mask_BT) - v_BT
-    weight_BT = torch.where(error_BT.detach() < 0, 1 - expectile, expectile)
+    weight_BT = by_case(error_BT.detach() < 0, 1 - expectile, expectile, error_BT)
     return LossOut(weight_BT * error_BT.square(), {"v": v_BT.detach(), "advantage": error_BT.detach()})
 
 
@@ -99,6 +99,7 @@ def ilql_cql(batch: Heads) -> LossOut:
 
     Source: Snell et al. (ILQL), arXiv:2206.11871; conservatism: Kumar et al., arXiv:2006.04779.
 
+    >>> import torch
     >>> q_BT, lse_BT, one = torch.zeros(1, 1), torch.full((1, 1), 0.6931), torch.ones(1, 1) > 0  # two tokens, alike
     >>> batch = Heads(q1_BT=q_BT, q2_BT=q_BT, v_BT=q_BT, next_v_BT=q_BT, target_q_BT=q_BT, rewards_BT=q_BT, mask_BT=one,
     ...     q1_lse_BT=lse_BT, q2_lse_BT=lse_BT)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prefzoo.losses.base import register_loss
 from prefzoo.losses.kl import EstimatorName, k3, kl_estimator
-from prefzoo.losses.numerics import exponent_limit, masked, safe_exp
+from prefzoo.losses.numerics import by_case, exponent_limit, masked, safe_exp
 from prefzoo.records import LossOut, PolicyGradient, masked_mean
 from prefzoo.registry import NotNegative, Positive, UsageError
 
@@ -41,17 +41,6 @@ def clipped_objective(ratio: Tensor, advantages: Tensor, clip: float, clip_high:
     high = clip if clip_high is None else clip_high
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + high) * advantages
     return torch.minimum(plain, clipped), (clipped < plain).to(ratio.dtype)
-
-
-def by_case(case: Tensor, where: float, elsewhere: float, like: Tensor) -> Tensor:
-    """One number where the case holds, another elsewhere, in the precision of ``like``.
-
-    ``torch.where`` of two Python numbers would round them to float32.
-
-    >>> by_case(torch.tensor([True, False]), 1.0, 1.05, torch.zeros(2, dtype=torch.float64))
-    tensor([1.0000, 1.0500], dtype=torch.float64)
-    """
-    return torch.full_like(like, elsewhere).masked_fill(case, where)
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from prefzoo.losses.base import register_loss
-from prefzoo.losses.numerics import masked, safe_exp
-from prefzoo.losses.policy_gradient import by_case, clipped_objective, log_ratios, ratio_metrics
+from prefzoo.losses.numerics import by_case, masked, safe_exp
+from prefzoo.losses.policy_gradient import clipped_objective, log_ratios, ratio_metrics
 from prefzoo.losses.policy_modifiers import Correction, batch_weights
 from prefzoo.records import LossOut, PolicyGradient, masked_mean, masked_sum
 from prefzoo.registry import NotNegative, Positive
