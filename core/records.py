@@ -164,8 +164,8 @@ class Pairs(Record):
 class Unpaired(Record):
     """Unpaired: single completions, each labelled desirable or not.
 
-    ``baseline``: scalar, KTO's reference point z0 in nats; ``delta``: scalar, BCO's reward shift in reward units. Both
-    are estimated outside the loss and detached.
+    ``baseline``: scalar, KTO's reference point z0 in nats; ``delta``: scalar, BCO's shift, in nats too. Both are
+    estimated outside the loss and detached.
     """
 
     logps_BT: Tensor

@@ -26,25 +26,25 @@ def kto_baseline(ratio_B: Tensor) -> Tensor:
     return ratio_B.detach().mean().clamp(min=0)
 
 
-def class_mean_delta(rewards_B: Tensor, desirable_B: Tensor) -> Tensor:
-    """BCO's reward shift: the midpoint of the two classes' mean rewards; a detached scalar in reward units.
+def class_midpoint(ratio_B: Tensor, desirable_B: Tensor) -> Tensor:
+    """BCO's shift: the midpoint of the two classes' mean log-ratios; a detached scalar in nats.
 
     Args:
-        rewards_B: rewards β log π(y)/ref(y), over the whole optimizer batch (all micro-batches, all processes).
+        ratio_B: log-ratios log π(y)/ref(y), over the whole optimizer batch (all micro-batches, all processes).
         desirable_B: their labels.
 
-    Of a batch with one class only, it is that class's mean; of an empty one, 0. The paper's δ is this midpoint as a
-    running average: feed it to a controller.
+    Of a batch with one class only, it is that class's mean; of an empty one, 0. The paper's is a running average of
+    this; times β it is in the paper's units, those of the reward.
 
-    >>> class_mean_delta(torch.tensor([1.0, 3.0, -4.0]), torch.tensor([True, True, False]))
+    >>> class_midpoint(torch.tensor([1.0, 3.0, -4.0]), torch.tensor([True, True, False]))
     tensor(-1.)
-    >>> class_mean_delta(torch.tensor([1.0, 3.0]), torch.tensor([True, True]))
+    >>> class_midpoint(torch.tensor([1.0, 3.0]), torch.tensor([True, True]))
     tensor(2.)
     """
-    rewards_B = rewards_B.detach()
-    classes = [rewards_B[desirable_B], rewards_B[~desirable_B]]
-    means = [rewards.mean() for rewards in classes if len(rewards)]
-    return torch.stack(means).mean() if means else rewards_B.new_zeros(())
+    ratio_B = ratio_B.detach()
+    classes = [ratio_B[desirable_B], ratio_B[~desirable_B]]
+    means = [ratios.mean() for ratios in classes if len(ratios)]
+    return torch.stack(means).mean() if means else ratio_B.new_zeros(())
 
 
 def class_weights(desirable_B: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -204,25 +204,26 @@ def apo_zero_unpaired(
 def bco(batch: Unpaired, *, beta: Positive = 0.1) -> LossOut:
     """Binary classifier optimization: logistic regression of the label on the shifted implicit reward.
 
-        loss = -log σ(r - δ)      for a desirable completion, r = β s
-        loss = -log σ(-(r - δ))   for an undesirable one
+        loss = -log σ(β (s - δ))    for a desirable completion
+        loss = -log σ(-β (s - δ))   for an undesirable one
 
-    with s the log-ratio log π(y)/ref(y) summed over tokens and δ the reward shift.
+    with s the log-ratio log π(y)/ref(y) summed over tokens and δ the shift.
 
     Args:
-        batch: completions with reference log-probabilities (B, T), labels (B,), and the scalar ``delta`` in reward
-            units, the midpoint of the two classes' mean rewards (``class_mean_delta``).
+        batch: completions with reference log-probabilities (B, T), labels (B,), and the scalar ``delta`` in nats, the
+            midpoint of the two classes' mean log-ratios (``class_midpoint``).
         beta: strength of the pull to the reference, per nat.
 
     Returns:
-        One loss per completion, (B,), in nats. Metrics (B,): ``rewards`` = r, ``rewards/margins`` = the reward's
-        distance to δ on the labelled side, ``rewards/accuracies`` = whether that is positive, ``logps``, ``bco/delta``
-        = δ.
+        One loss per completion, (B,), in nats. Metrics (B,): ``rewards`` = β s, ``rewards/margins`` = the
+        reward's distance to β δ on the labelled side, ``rewards/accuracies`` = whether that is positive, ``logps``,
+        ``bco/delta`` = δ.
 
-    Convention: the paper sums the means over the two classes; the mean over rows that this loss gets by default (as in
-    TRL's former trainer) is that for classes of equal size only: otherwise give ``class_weights`` as row weights.
-    ``density_ratio_weights`` are its weights for classes with different prompts. No gradient flows through δ. A pair
-    taken apart at δ = 0 gives ``bco_pair``. In a batch with one class, δ is that class's mean; the other adds nothing.
+    Convention: δ is in nats, as KTO's baseline is; the paper's is β δ. The paper sums the means over the two classes;
+    the mean over rows that this loss gets by default (as in TRL's former trainer) is that for classes of equal size
+    only: otherwise give ``class_weights`` as row weights. ``density_ratio_weights`` are its weights for classes with
+    different prompts. No gradient flows through δ. A pair taken apart at δ = 0 gives ``bco_pair``. Of a batch with one
+    class, δ is its mean.
 
     Known failure: δ lags where the rewards drift, and the gradient then has a common push up or down. Like every loss
     of single completions, it can be satisfied by what tells the classes apart, such as length.
@@ -232,14 +233,14 @@ def bco(batch: Unpaired, *, beta: Positive = 0.1) -> LossOut:
     >>> batch = Unpaired(
     ...     logps_BT=torch.tensor([[-1.0], [-1.0]]), ref_logps_BT=torch.tensor([[-2.0], [-2.0]]),
     ...     mask_BT=torch.tensor([[True], [True]]), desirable_B=torch.tensor([True, False]), delta=torch.tensor(1.0))
-    >>> bco(batch, beta=2.0).loss  # r = 2, δ = 1
-    tensor([0.3133, 1.3133])
+    >>> bco(batch, beta=2.0).loss  # s = 1 = δ
+    tensor([0.6931, 0.6931])
     """
     if batch.delta is None:
         raise UsageError(
-            "loss 'bco' needs Unpaired.delta (δ): give class_mean_delta(...) of the whole batch's rewards, or a zero."
+            "loss 'bco' needs Unpaired.delta (δ): give class_midpoint(...) of the whole batch's log-ratios, or a zero."
         )
     delta = batch.delta.detach()
-    gain_B = labelled(beta * batch.ratio_B - delta, batch.desirable_B)
+    gain_B = labelled(beta * (batch.ratio_B - delta), batch.desirable_B)
     metrics = {**unpaired_metrics(batch, beta, gain_B), "bco/delta": delta.expand_as(gain_B)}
     return LossOut(-F.logsigmoid(gain_B), metrics)

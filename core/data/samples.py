@@ -197,5 +197,12 @@ def scatter(flat_C: Tensor, mask_BT: Tensor) -> Tensor:
     return torch.zeros(mask_BT.shape, dtype=flat_C.dtype, device=flat_C.device).masked_scatter(mask_BT, flat_C)
 
 
+def loss_mask(samples: Samples, mask_BT: Tensor) -> Tensor:
+    """Cells that a loss may see: the completion's tokens, without those marked as not trainable."""
+    if "trainable" not in samples.tokens:
+        return mask_BT
+    return scatter(samples.tokens["trainable"].to(mask_BT.device), mask_BT)
+
+
 def _take_lists(extra: Mapping[str, Sequence[Any]], rows: np.ndarray) -> dict[str, list[Any]]:
     return {k: [v[i] for i in rows] for k, v in extra.items()}

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefzoo.data.samples import Samples
-from prefzoo.losses.unpaired import kto_baseline
+from prefzoo.data.samples import Samples, loss_mask
+from prefzoo.losses.policy_modifiers import entropy_floor
+from prefzoo.losses.unpaired import class_midpoint, kto_baseline
 from prefzoo.parts.roles import REFERENCE, Roles
 from prefzoo.registry import UsageError
 
@@ -54,22 +55,36 @@ class RotatedBaseline:
 
 @dataclass(frozen=True)
 class EntropyFloor:
-    """The entropy that all but the ``1 - quantile`` most uncertain tokens of the optimizer batch lie below.
+    """The entropy that the ``share`` most uncertain tokens of the optimizer batch reach.
 
-    Source: Wang et al., Beyond the 80/20 Rule, arXiv:2506.01939: only a fifth of the tokens is trained on.
+    Source: Wang et al., Beyond the 80/20 Rule, arXiv:2506.01939, who train on a fifth of the tokens.
     """
 
-    quantile: float = 0.8
+    share: float = 0.2
     gives = "entropy_floor"
     needs: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.quantile < 1:
-            raise UsageError(f"EntropyFloor: quantile is a share from 0 to below 1, got {self.quantile:g}.")
+        if not 0 < self.share <= 1:
+            raise UsageError(f"EntropyFloor: share is that of the tokens to train on, above 0, got {self.share:g}.")
 
     def __call__(self, samples: Samples, roles: Roles) -> Tensor:
-        mask_BT = samples.mask_BT()
-        return entropy_floor(samples.padded(roles.policy_entropy(samples)), mask_BT, self.quantile)
+        mask_BT = loss_mask(samples, samples.mask_BT())
+        return entropy_floor(samples.padded(roles.policy_entropy(samples)), mask_BT, self.share)
+
+
+@dataclass(frozen=True)
+class ClassMidpoint:
+    """BCO's shift: the midpoint of the mean log-ratios of desirable and of undesirable rows of the optimizer batch.
+
+    The paper follows it with a running average over batches; here it is that of the batch itself.
+    """
+
+    gives = "delta"
+    needs: frozenset[str] = frozenset({REFERENCE})
+
+    def __call__(self, samples: Samples, roles: Roles) -> Tensor:
+        return class_midpoint(log_ratios(samples, roles), samples.columns["desirable"])
 
 
 def log_ratios(samples: Samples, roles: Roles) -> Tensor:
@@ -80,4 +95,4 @@ def log_ratios(samples: Samples, roles: Roles) -> Tensor:
 
 
 # By what they give: the field of the record that a loss declares as its need.
-PRELUDES: Mapping[str, Any] = MappingProxyType({p.gives: p for p in (RotatedBaseline, EntropyFloor)})
+PRELUDES: Mapping[str, Any] = MappingProxyType({p.gives: p for p in (RotatedBaseline, EntropyFloor, ClassMidpoint)})

@@ -47,12 +47,12 @@ def classifier_optimum(entry: str) -> Iterator[Finding]:
     """The optimum of the binary classifier: its shifted reward is the logit of P(desirable), whatever the behaviour."""
     loss, delta = create_loss(entry, beta=BETA), 0.3
     for world in worlds():
-        weight_B = weights_of(world.behaviour_R, torch.sigmoid(BETA * world.facts.ratio_R - delta))
+        weight_B = weights_of(world.behaviour_R, torch.sigmoid(BETA * (world.facts.ratio_R - delta)))
         at, start = (
             float(p.gradient(population_loss(loss, world, p, weight_B, delta=delta)).abs().max())
             for p in (world.policy, unfrozen(world.reference))
         )
-        claim = f"the population gradient is 0 where β s - δ = logit P(desirable) ({world.name})"
+        claim = f"the population gradient is 0 where β (s - δ) = logit P(desirable) ({world.name})"
         yield Finding(entry, "gradient", claim, at / start, EXACT)
         if world.name == "strings":
             policy = unfrozen(world.reference)
@@ -125,7 +125,7 @@ def baseline(entry: str) -> Iterator[Finding]:
             logps_BT=record.logps_BT, ref_logps_BT=moved_BT, mask_BT=record.mask_BT, desirable_B=record.desirable_B,
             baseline=torch.tensor(0.3 + shift, dtype=torch.float64),
         )  # fmt: skip
-        gap = float((loss(record).loss - loss(other).loss).abs().max())
+        gap = float((loss(record).loss - loss(other).loss).detach().abs().max())
         claim = f"moving z0 and all log-ratios together changes nothing ({world.name})"
         yield Finding(entry, "identity", claim, gap, 1e-12)
 
@@ -136,5 +136,5 @@ def zero_anchor(entry: str) -> Iterator[Finding]:
     for world in worlds():
         ours = create_loss(entry, beta=BETA)(singles_of(world.policy, world.reference)).loss
         theirs = create_loss("kto", beta=BETA)(singles_of(world.policy, world.reference, baseline=0.0)).loss
-        gap = float((ours - theirs).abs().max())
+        gap = float((ours - theirs).detach().abs().max())
         yield Finding(entry, "identity", f"equals kto at z0 = 0 ({world.name})", gap, 1e-12)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from prefzoo.algorithm import Stage, Term
-from prefzoo.data.samples import Samples
+from prefzoo.data.samples import Samples, loss_mask
 from prefzoo.feedback import RewardSource
 from prefzoo.models.load import end_ids
 from prefzoo.models.reference import autocast, token_scores
@@ -38,7 +38,7 @@ from prefzoo.training.config import TrainConfig
 from prefzoo.training.determinism import rng_state, set_rng_state
 from prefzoo.training.guards import Monitor, Watchdog, gradient_norms, not_finite, words, write_post_mortem
 from prefzoo.training.metrics import Meter, RunLog
-from prefzoo.training.records import build_record, loss_mask, wanted
+from prefzoo.training.records import build_record, wanted
 from prefzoo.training.stopping import Stopping
 
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from prefzoo.data.samples import Samples, scatter
+from prefzoo.data.samples import Samples, loss_mask, scatter
 from prefzoo.losses import Loss
 from prefzoo.models.roles import Scores as ModelScores
 from prefzoo.models.roles import Want
@@ -25,13 +25,6 @@ WANTED: Mapping[str, Want] = MappingProxyType({
 def wanted(losses: Iterable[Loss]) -> frozenset[Want]:
     """What these losses need of the policy's distribution, beside log-probabilities."""
     return frozenset(WANTED[e] for loss in losses for e in loss.extras if e in WANTED)
-
-
-def loss_mask(samples: Samples, mask_BT: Tensor) -> Tensor:
-    """Cells that a loss may see: the completion's tokens, without those marked as not trainable."""
-    if "trainable" not in samples.tokens:
-        return mask_BT
-    return scatter(samples.tokens["trainable"].to(mask_BT.device), mask_BT)
 
 
 def build_record(

@@ -18,7 +18,7 @@ from goldens import (
 from torch import Tensor
 
 from prefzoo.losses.base import create_loss
-from prefzoo.losses.unpaired import class_mean_delta, class_weights, kto_baseline
+from prefzoo.losses.unpaired import class_midpoint, class_weights, kto_baseline
 from prefzoo.parts.count import Count
 from prefzoo.records import Unpaired
 
@@ -81,16 +81,15 @@ def test_apo_zero_unpaired(x: Case, case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("x", "case"), cases(FILE, covered_by, "bco"))
 def test_bco(x: Case, case: Case, dtype: torch.dtype) -> None:
     hyper, bare = case["hyper"], record(x, dtype)
-    rewards_B = hyper["beta"] * bare.ratio_B.detach()
     if hyper["delta"] == "midpoint_of_class_means":
-        delta = class_mean_delta(rewards_B, bare.desirable_B)
+        delta = class_midpoint(bare.ratio_B, bare.desirable_B)
     elif hyper["delta"] == "mean_of_all":  # what TRL's former trainer started its running mean from
-        delta = rewards_B.mean()
+        delta = bare.ratio_B.mean()
     else:
-        delta = torch.tensor(hyper["delta"], dtype=dtype)
+        delta = torch.tensor(hyper["delta"] / hyper["beta"], dtype=dtype)
     batch = record(x, dtype, delta=delta)
     out = create_loss("bco", beta=hyper["beta"])(batch)
     assert_close(out.metrics["rewards"], case["expected"]["intermediate"]["rewards"], case)
-    assert_close(delta, case["expected"]["intermediate"]["delta"], case)
+    assert_close(hyper["beta"] * delta, case["expected"]["intermediate"]["delta"], case)
     weight_B = {"mean": None, "sum_of_class_means": class_weights(batch.desirable_B, dtype)}[hyper["reduction"]]
     check(batch, out.loss, case, weight_B)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefzoo.losses.base import create_loss
-from prefzoo.losses.unpaired import class_mean_delta, class_weights, density_ratio_weights, kto_baseline
+from prefzoo.losses.unpaired import class_midpoint, class_weights, density_ratio_weights, kto_baseline
 from prefzoo.parts.count import Count
 from prefzoo.records import Pairs, Unpaired
 from prefzoo.registry import UsageError
@@ -86,7 +86,7 @@ def test_apo_zero_unpaired_is_kto_with_baseline_0(seed: int) -> None:
 
 def test_bco_at_the_shift_is_log_2_and_kto_at_the_baseline_a_half() -> None:
     desirable_B = torch.tensor([True, False])
-    batch = of_ratios(torch.tensor([0.6, 0.6]), desirable_B, delta=torch.tensor(1.2), baseline=torch.tensor(0.6))
+    batch = of_ratios(torch.tensor([0.6, 0.6]), desirable_B, delta=torch.tensor(0.6), baseline=torch.tensor(0.6))
     torch.testing.assert_close(create_loss("bco", beta=2.0)(batch).loss, torch.full((2,), 2.0).log())
     torch.testing.assert_close(create_loss("kto", beta=2.0)(batch).loss, torch.full((2,), 0.5))
 
@@ -109,7 +109,7 @@ def test_other_label_is_mirrored_ratio(name: str) -> None:
     """The loss of an undesirable row at s is that of a desirable row mirrored at the anchor."""
     ratio_B = torch.linspace(-3, 3, 9, dtype=torch.float64)
     anchor = 0.0 if name == "apo_zero_unpaired" else 0.4
-    fields = {"baseline": torch.tensor(anchor).double(), "delta": torch.tensor(0.5 * anchor).double()}
+    fields = {"baseline": torch.tensor(anchor).double(), "delta": torch.tensor(anchor).double()}
     loss = create_loss(name, beta=0.5)
     down = loss(of_ratios(ratio_B, torch.zeros(9, dtype=torch.bool), **fields))
     mirrored = loss(of_ratios(2 * anchor - ratio_B, torch.ones(9, dtype=torch.bool), **fields))
@@ -144,7 +144,7 @@ def test_midpoint_is_as_far_from_both_classes(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rewards_B = torch.randn(9, generator=generator, dtype=torch.float64)
     desirable_B = torch.arange(9) < 2  # uneven classes: the mean of all rewards is another number
-    delta = class_mean_delta(rewards_B, desirable_B)
+    delta = class_midpoint(rewards_B, desirable_B)
     torch.testing.assert_close(rewards_B[desirable_B].mean() - delta, delta - rewards_B[~desirable_B].mean())
     assert abs(float(delta - rewards_B.mean())) > 1e-3
 
@@ -153,10 +153,10 @@ def test_of_one_class_the_shift_is_its_mean_and_weights_are_1() -> None:
     rewards_B = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
     for desirable in (True, False):
         desirable_B = torch.full((3,), desirable)
-        delta = class_mean_delta(rewards_B, desirable_B)
+        delta = class_midpoint(rewards_B, desirable_B)
         assert float(delta) == 3.0 and not delta.requires_grad
         assert class_weights(desirable_B).tolist() == [1.0, 1.0, 1.0]
-    assert float(class_mean_delta(torch.zeros(0), torch.zeros(0, dtype=torch.bool))) == 0.0
+    assert float(class_midpoint(torch.zeros(0), torch.zeros(0, dtype=torch.bool))) == 0.0
     assert class_weights(torch.zeros(0, dtype=torch.bool)).shape == (0,)
 
 
