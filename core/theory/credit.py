@@ -158,7 +158,9 @@ def measured_weight(p: float, size: int) -> float:
     wins = torch.arange(size + 1)
     rewards = (torch.arange(size) < wins[:, None]).double()
     credit = advantages.group_relative(rewards.flatten(), wins.repeat_interleave(size), eps=1e-13).view(-1, size)
-    log_chance = torch.distributions.Binomial(size - 1, torch.tensor(p).double()).log_prob(wins[:-1].double())
+    log_chance = torch.distributions.Binomial(size - 1, torch.tensor(p, dtype=torch.float64)).log_prob(
+        wins[:-1].double()
+    )
     return float((log_chance.exp() * (credit[1:, 0] - credit[:-1, -1])).sum())
 
 

@@ -131,12 +131,8 @@ def kl_in_the_loss(entry: str) -> Iterator[Finding]:
     for name in ("k1_straight", "k3_straight"):
         claim = f"{name}: its mean gradient is that of KL(π ‖ ref) {words}"
         yield Finding(entry, "gradient", claim, difference(gradient(estimator=name), forward), EXACT)
-    found = gradient(estimator="k1_straight", importance=True)
-    claim = "k1_straight, importance=True: twice that gradient, from the ratio and from the estimate"
-    yield Finding(entry, "gradient", claim, difference(found, 2 * forward), EXACT)
-    found = gradient(estimator="k3_straight", importance=True)
-    claim = f"k3_straight, importance=True: twice that gradient less that of KL(ref ‖ π) {words}"
-    yield Finding(entry, "gradient", claim, difference(found, 2 * forward - backward), EXACT)
+    found = gradient(estimator="k3", importance=True, level="sequence")
+    yield bias(entry, f"k3, importance=True, level='sequence', against KL(π ‖ ref) {words}", found, forward)
     yield bias(entry, "k3 (the default), against KL(π ‖ ref) of whole responses", gradient(estimator="k3"), whole)
     yield bias(
         entry, "k2, against KL(π ‖ ref) of whole responses (prefixes yet to come are not reached)",
