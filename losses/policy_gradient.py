@@ -314,7 +314,8 @@ def kl_penalty(
 
     Args:
         batch: sampled completions with reference log-probabilities, (B, T), in nats.
-        estimator: ``"k1"``, ``"k2"`` or ``"k3"``, as in ``prefzoo.losses.kl``.
+        estimator: ``"k1"``, ``"k2"``, ``"k3"``, ``"abs"``, ``"k1_straight"`` or ``"k3_straight"``, as in
+            ``prefzoo.losses.kl``.
         importance: multiply by the ratio of policy to sampling policy, and differentiate the ratio too.
         level: of that ratio: ``"token"``, r_t; or ``"sequence"``, GSPO's exp(mean_t log r_t), for a KL beside ``gspo``.
 
@@ -324,10 +325,13 @@ def kl_penalty(
 
     Convention: value and gradient are two questions. In expectation over tokens of the policy itself:
 
-        estimator  value, E     gradient, importance=False   gradient, importance=True
-        k1         KL(π ‖ ref)  0                            ∇ KL(π ‖ ref)
-        k2         biased       ∇ KL(π ‖ ref)                ∇ of the biased value
-        k3         KL(π ‖ ref)  ∇ KL(ref ‖ π)                ∇ KL(π ‖ ref)
+        estimator    value, E     gradient, importance=False   gradient, importance=True
+        k1           KL(π ‖ ref)  0                            ∇ KL(π ‖ ref)
+        k2           biased       ∇ KL(π ‖ ref)                ∇ of the biased value
+        k3           KL(π ‖ ref)  ∇ KL(ref ‖ π)                ∇ KL(π ‖ ref)
+        abs          too large    ∇ Σ_v |π(v) - ref(v)|        ∇ of the value
+        k1_straight  KL(π ‖ ref)  ∇ KL(π ‖ ref)                refused: it would be twice that
+        k3_straight  KL(π ‖ ref)  ∇ KL(π ‖ ref)                refused: twice that less ∇ KL(ref ‖ π)
 
     ``k3, importance=False`` is the original GRPO; ``k3, importance=True`` is TRL's default
     (``use_bias_correction_kl``), which also corrects for tokens sampled from an older policy. Exponents, and the
@@ -357,6 +361,11 @@ def kl_penalty(
     if level != "token" and not importance:
         raise UsageError(f"kl_penalty: level={level!r} is the level of the ratio; it needs importance=True.")
     if importance:
+        if estimator.endswith("_straight"):
+            raise UsageError(
+                f"kl_penalty: estimator={estimator!r} has the gradient of the KL already; importance=True would add the "
+                f"ratio's to it. Take {estimator.removesuffix('_straight')!r} with importance=True, or leave it out."
+            )
         log_ratio_BT = log_ratios(batch)
         if level == "sequence":
             log_ratio_BT = masked_mean(log_ratio_BT, batch.mask_BT)[:, None]

@@ -70,7 +70,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("clipped_surrogate", {"clip_high": 0.28}),
     ("clipped_surrogate", {"dual_clip": 3.0}),
     ("clipped_value", {"clip": None}),
-    *[("kl_penalty", {"estimator": k, "importance": i}) for k in KL_ESTIMATORS for i in (False, True)],
+    *[("kl_penalty", {"estimator": k}) for k in KL_ESTIMATORS],
+    *[("kl_penalty", {"estimator": k, "importance": True}) for k in ("k1", "k2", "k3", "abs")],
 ]
 
 

@@ -31,6 +31,7 @@ from prefzoo.losses.kl import KL_ESTIMATORS, exact, k1, k2, k3, kl_estimator
 from prefzoo.parts.controllers import AdaptiveKL, FixedKL
 from prefzoo.records import PolicyGradient, masked_mean, masked_sum
 from prefzoo.registry import Registry, UsageError
+from prefzoo.testing import random_record
 
 # -- KL estimators: exact expectations over a small vocabulary --------------------------------------------------------
 
@@ -189,6 +190,23 @@ def test_importance_makes_value_and_gradient_those_of_the_kl(
     expected, kl = (old.exp() * loss_BT[0]).sum(), (logps.exp() * (logps - ref)).sum()
     torch.testing.assert_close(expected, kl)
     torch.testing.assert_close(gradient_of(expected, logits), gradient_of(kl, logits))
+
+
+@pytest.mark.parametrize("straight", ["k1_straight", "k3_straight"])
+def test_straight_through_estimators_and_importance_are_one_correction_too_many(
+    straight: str, vocabulary: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    logits, ref, _ = vocabulary
+    logps = logits.log_softmax(0)
+    ratio = (logps - logps.detach()).exp()
+    expected = (logps.exp().detach() * ratio * kl_estimator(straight)(logps, ref)).sum()
+    twice = 2 * exact(logits, ref)
+    if straight == "k3_straight":
+        twice = twice - exact(logits, ref, direction="forward")
+    torch.testing.assert_close(gradient_of(expected, logits), gradient_of(twice, logits))
+    batch = random_record(PolicyGradient)
+    with pytest.raises(UsageError, match=f"Take '{straight[:2]}' with importance=True"):
+        create_loss("kl_penalty", estimator=straight, importance=True)(batch)
 
 
 # -- advantages -------------------------------------------------------------------------------------------------------

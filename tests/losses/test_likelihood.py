@@ -31,11 +31,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("reverse_kl", {"temperature": 0.5}),
     ("ilql_q", {"gamma": 1.0}),
     ("ilql_v", {"expectile": 0.5}),
-    *[
-        ("kl_penalty", {"estimator": k, "importance": i})
-        for k in ("abs", "k1_straight", "k3_straight")
-        for i in (False, True)
-    ],
 ]
 
 
