@@ -363,7 +363,7 @@ def kl_penalty(
     if importance:
         if estimator.endswith("_straight"):
             raise UsageError(
-                f"kl_penalty: estimator={estimator!r} has the gradient of the KL already; importance=True would add the "
+                f"kl_penalty: estimator={estimator!r} has the gradient of the KL already; importance=True adds the "
                 f"ratio's to it. Take {estimator.removesuffix('_straight')!r} with importance=True, or leave it out."
             )
         log_ratio_BT = log_ratios(batch)
