@@ -19,7 +19,6 @@ from torch import Tensor
 
 from prefzoo.losses import create_loss
 from prefzoo.theory.base import Finding, theorem
-from prefzoo.theory.policies import EnumerablePolicy
 from prefzoo.theory.populations import (
     Facts,
     World,
@@ -443,7 +442,7 @@ MODIFIED: dict[str, tuple[str, list[Case]]] = {
 def check_case(entry: str, name: str, case: Case) -> Iterator[Finding]:
     """The gradient at π*, the largest of the worlds, as a share of that at the reference; and where descent ends."""
     loss = create_loss(name, **case.options)
-    shares, ends = [], []
+    shares, descents = [], []
     for world in worlds():
         if case.strings_only and world.policy.length == 1:
             continue
@@ -453,23 +452,25 @@ def check_case(entry: str, name: str, case: Case) -> Iterator[Finding]:
         weight_B = labelled(behaviour_R, win_RR)
         if case.within is not None:
             weight_B = weight_B * case.within(world).flatten()
-        fields = case.fields(world.facts, win_RR)
-
-        def objective(
-            policy: EnumerablePolicy, world: World = world, weight_B: Tensor = weight_B, fields: Any = fields
-        ) -> Tensor:
-            return population_loss(loss, policy, world.reference, weight_B, **fields)
-
-        at, start = (float(p.gradient(objective(p)).abs().max()) for p in (world.policy, unfrozen(world.reference)))
+        objective = functools.partial(
+            population_loss, loss, reference=world.reference, weight_B=weight_B, **case.fields(world.facts, win_RR)
+        )
+        at, start = (
+            float(p.gradient(objective(policy=p)).abs().max()) for p in (world.policy, unfrozen(world.reference))
+        )
         shares.append(at / start)
-        if case.reached and world.name == "strings":
-            policy = unfrozen(world.reference)
-            minimise(policy.parameters(), functools.partial(objective, policy))
-            ends.append(total_variation(policy, world.policy))
+        descents.append((world, objective))
     claim = f"the population gradient is 0 where {case.claim}"
     yield Finding(entry, "gradient", f"{claim} (share of that at the reference)", max(shares), EXACT)
-    for gap in ends:
-        yield Finding(entry, "optimum", "and descent from the reference ends there (total variation)", gap, REACHED)
+    if case.reached:
+        gaps = []
+        for world, objective in descents[1:]:  # strings: in the table, and in the transformer
+            policy = unfrozen(world.reference)
+            minimise(policy.parameters(), functools.partial(objective, policy=policy), steps=60)
+            gaps.append(total_variation(policy, world.policy))
+        yield Finding(
+            entry, "optimum", "and descent from the reference ends there (total variation)", max(gaps), REACHED
+        )
 
 
 @theorem(*CASES)

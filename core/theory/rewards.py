@@ -79,8 +79,8 @@ def rankings(count: int, size: int) -> tuple[tuple[int, ...], ...]:
 def plackett_luce_probabilities(rewards_R: Tensor, orders: Sequence[tuple[int, ...]]) -> Tensor:
     """Of each ranking, given which responses are in it: each place is drawn by softmax from those that are left.
 
-    >>> plackett_luce_probabilities(torch.zeros(3), rankings(3, 3))[0].item() * 6
-    1.0
+    >>> plackett_luce_probabilities(torch.zeros(3), rankings(3, 3))[:2]
+    tensor([0.1667, 0.1667])
     """
     x_PK = rewards_R[torch.tensor(orders)]
     choices = [x_PK[:, k] - x_PK[:, k:].logsumexp(-1) for k in range(x_PK.shape[1] - 1)]
