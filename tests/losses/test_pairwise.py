@@ -209,6 +209,14 @@ def test_discopop_never_overflows(tau: float, dtype: torch.dtype) -> None:
     assert bool(loss_B.isfinite().all()) and bool(gradient_BT.isfinite().all())
 
 
+def test_discopop_is_exact_where_only_a_factor_would_overflow() -> None:
+    z = torch.tensor([-100.0], dtype=torch.float64)
+    exact = loss_of("discopop", pairs_with(z, 0 * z), beta=1.0, tau=1.25)
+    batch = pairs_with(z, 0 * z)
+    low = dataclasses.replace(batch, **{k: v.float() for k, v in batch.tensors().items() if v.is_floating_point()})
+    torch.testing.assert_close(loss_of("discopop", low, beta=1.0, tau=1.25).double(), exact, rtol=1e-4, atol=0.0)
+
+
 # -- lengths ----------------------------------------------------------------------------------------------------------
 
 
@@ -241,12 +249,14 @@ def test_length_dpo_pushes_less_where_the_chosen_side_is_longer() -> None:
     assert bool((loss_of("length_dpo", shorter, alpha=0.2) > loss_of("dpo", shorter)).all())
 
 
-@pytest.mark.parametrize("name", ["ipo", "dpo_norm", "length_dpo"])
-def test_an_empty_side_stands_at_0(name: str) -> None:
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize("name", ["ipo", "dpo_norm"])
+def test_an_empty_side_stands_at_the_reference(name: str, side: str) -> None:
     batch = pairs(1)
-    empty = dataclasses.replace(batch, rejected_mask_BT=torch.zeros_like(batch.rejected_mask_BT))
-    at_0 = dataclasses.replace(empty, ref_rejected_logps_BT=batch.rejected_logps_BT)
-    same(loss_of(name, empty), loss_of(name, at_0))
+    empty = {f"{side}_mask_BT": torch.zeros_like(getattr(batch, f"{side}_mask_BT"))}
+    at_reference = {f"ref_{side}_logps_BT": getattr(batch, f"{side}_logps_BT")}
+    emptied, unmoved = dataclasses.replace(batch, **empty), dataclasses.replace(batch, **at_reference)
+    same(loss_of(name, emptied), loss_of(name, unmoved))
 
 
 # -- columns of the data ----------------------------------------------------------------------------------------------
@@ -297,6 +307,19 @@ def test_reward_aware_rpo_does_not_care_which_side_is_called_chosen(distance: st
 def test_a_missing_column_is_told(name: str, field: str) -> None:
     with pytest.raises(UsageError, match=f"{name}.*Pairs.{field}.*column '{field.removesuffix('_B')}'"):
         loss_of(name, dataclasses.replace(pairs(), **{field: None}))
+
+
+@pytest.mark.parametrize("name", ["odpo", "reward_aware_rpo", "sppo_soft"])
+def test_columns_of_the_data_are_constants(name: str) -> None:
+    columns = {f: torch.full((6,), 0.7).double().requires_grad_() for f in ("margin_B", "probability_B")}
+    batch = pairs(**columns)
+    assert not loss_of(name, batch).requires_grad  # nothing else in this record has gradient
+
+
+def test_the_squared_distance_is_a_square() -> None:
+    batch = pairs_with([4.0, -1.0], [1.0, 1.0], margin_B=torch.tensor([0.5, 1.0]).double())
+    expected = torch.tensor([(0.6 - 1.0) ** 2, (-0.4 - 2.0) ** 2], dtype=torch.float64)
+    same(loss_of("reward_aware_rpo", batch, beta=0.2, scale=2.0, distance="squared"), expected)
 
 
 @pytest.mark.parametrize("name", ["reward_aware_rpo", "sppo_soft"])
