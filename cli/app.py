@@ -80,12 +80,17 @@ def root(
 
 @app.command("list")
 def list_(
-    kind: Annotated[str, typer.Argument(metavar="[algorithms|losses]", show_default=False)] = "algorithms",
+    kind: Annotated[
+        str, typer.Argument(metavar="[algorithms|losses|modifiers|credits|estimators]", show_default=False)
+    ] = "algorithms",
     pattern: Annotated[str | None, typer.Argument(metavar="[PATTERN]", help="shell pattern, such as '*po'")] = None,
     imports: Imports = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """What there is: one line for each algorithm, or each loss."""
+    """What there is: one line for each algorithm; or each loss, and the functions around losses.
+
+    'losses' lists modifiers, credit functions and KL estimators too; each has a word that lists it alone.
+    """
     from prefzoo.cli import cards
 
     if pattern is None and kind not in cards.KINDS:  # prefzoo list '*po'
@@ -95,15 +100,39 @@ def list_(
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="of an algorithm or a loss; or 'training'")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="of an algorithm, loss, modifier, credit or estimator; or 'training'")
+    ],
     loss: Annotated[bool, typer.Option("--loss", help="the loss of that name, where an algorithm has it too")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="without what is proved, which is computed now")] = False,
     imports: Imports = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """The card of one entry: its mathematics, its options, what it is made of and what it needs."""
+    """The card of one entry: its mathematics, its options, what it needs, and what is proved of it."""
     from prefzoo.cli import cards
 
-    cards.show_card(name, loss, imports, as_json)
+    cards.show_card(name, loss, imports, as_json, quick)
+
+
+@app.command()
+def check(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="losses; all if none is given")] = None,
+    theory: Annotated[
+        bool, typer.Option("--theory", help="what the theory laboratory finds, of any entry, instead of the contract")
+    ] = False,
+    settings: Settings = None,
+    imports: Imports = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Whether losses keep their contract: shapes, gradients, symmetries, extremes, options. Exit code 1 if not.
+
+    'prefzoo check my_loss --import my_file.py' checks a loss of yours; -s beta=0.5 checks one loss at other options.
+    """
+    from prefzoo.cli import check as checks
+
+    kept = checks.show_theory if theory else checks.show_contract
+    if not kept(names or [], settings or [], imports, as_json):
+        raise typer.Exit(1)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -1,13 +1,14 @@
-"""``prefzoo list`` and ``prefzoo show``: what is registered, for people and as JSON."""
+"""``prefzoo list`` and ``prefzoo show``: what is registered and what is proved of it, for people and as JSON."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -15,19 +16,23 @@ from rich.table import Table
 from prefzoo.algorithm import (
     ALGORITHMS,
     Algorithm,
+    Term,
     algorithm_entry,
     create_algorithm,
     is_algorithm,
     list_algorithms,
 )  # fmt: skip
-from prefzoo.losses import LOSSES, Loss
+from prefzoo.losses.base import CREDITS, ESTIMATORS, LOSSES, MODIFIERS, Loss, LossEntry
 from prefzoo.parts.feedback import Verifier
 from prefzoo.parts.roles import POLICY, REWARD
 from prefzoo.plugins import import_file
-from prefzoo.registry import Entry, UsageError, prefix_of, suggest
+from prefzoo.registry import Entry, Registry, UsageError, prefix_of, suggest
+from prefzoo.theory.base import Finding
 from prefzoo.training.config import ONLY_DATASET, TrainConfig
 
-KINDS = ("algorithms", "losses")
+# What ``list losses`` shows, by the word that lists it alone: losses, and the functions around them.
+AROUND: dict[str, Registry] = {"losses": LOSSES, "modifiers": MODIFIERS, "credits": CREDITS, "estimators": ESTIMATORS}
+KINDS = ("algorithms", *AROUND)
 LEARNS_FROM = {  # what the data must hold, or can be turned into
     "pairs": "pairs",
     "unpaired": "rated answers",
@@ -36,49 +41,66 @@ LEARNS_FROM = {  # what the data must hold, or can be turned into
 }
 
 
+GIVES = {"advantages": "advantages", "rows": "rows to keep", "rewards": "rewards of tokens"}
+READS = {"logps": "two log-probabilities of a token", "logits": "logits of policy and reference"}
+
+
 def show_list(kind: str, pattern: str, imports: Iterable[Path], as_json: bool) -> None:
-    """Print the entries of a kind whose names match."""
+    """Print the entries of a kind whose names match; of ``losses`` those of the functions around them too."""
     if kind not in KINDS:
         raise UsageError(f"cannot list {kind!r}{suggest(kind, KINDS)} Known: {', '.join(KINDS)}.")
-    _import_all(imports)
-    facts = algorithm_facts if kind == "algorithms" else loss_facts
-    names = list_algorithms(pattern) if kind == "algorithms" else LOSSES.names(pattern)
-    rows = [facts(name) for name in names]
+    import_all(imports)
+    if kind == "algorithms":
+        names = list_algorithms(pattern)
+        rows = [algorithm_facts(name) for name in names]
+    else:
+        chosen = AROUND.values() if kind == "losses" else [AROUND[kind]]
+        rows = [entry_facts(registry, name) for registry in chosen for name in registry.names(pattern)]
     if as_json:
         print(json.dumps(rows, indent=2, default=str))
         return
     if not rows:
-        known = list_algorithms() if kind == "algorithms" else LOSSES.names()
+        known = list_algorithms() if kind == "algorithms" else [n for r in chosen for n in r.names()]
         raise UsageError(f"no {kind} match {pattern!r}{suggest(pattern, known)} Registered: {', '.join(known)}.")
-    columns = ("learns_from", "needs") if kind == "algorithms" else ("family", "count")
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("name", style="bold", no_wrap=True)
-    table.add_column("what it is")
-    for column in (*columns, "paper"):
-        table.add_column(column.replace("_", " "), no_wrap=column in ("paper", "family"))
+    columns = ("learns_from", "needs") if kind == "algorithms" else ("kind", "takes", "gives")
+    shown = table("what it is", *(column.replace("_", " ") for column in columns), "paper", first="name")
     for row in rows:
         also = f" (also {', '.join(row['aliases'])})" if row["aliases"] else ""
         cells = [", ".join(row[c]) if isinstance(row[c], list) else row[c] for c in columns]
-        table.add_row(row["name"], row["line"] + also, *cells, (row["paper"] or "").removeprefix("arXiv:"))
-    _console().print(table)
+        shown.add_row(row["name"], row["line"] + also, *cells, (row["paper"] or "").removeprefix("arXiv:"))
+    wide_console().print(shown)
 
 
-def show_card(name: str, as_loss: bool, imports: Iterable[Path], as_json: bool) -> None:
-    """Print everything about one entry; of the name ``training``, the options that all runs share."""
+def show_card(name: str, as_loss: bool, imports: Iterable[Path], as_json: bool, quick: bool = False) -> None:
+    """Print everything about one entry; of the name ``training``, the options that all runs share.
+
+    ``quick``: without what the laboratory would have to compute.
+    """
     if name == "training":
         show_training(as_json)
         return
-    _import_all(imports)
-    if as_loss or _is_term_only(name):
-        facts = loss_facts(LOSSES.entry(name).name, whole=True)
-    elif name not in ALGORITHMS and name not in LOSSES:
-        raise ALGORITHMS.unknown(name, sorted({*list_algorithms(f"{prefix_of(name)}*"), *LOSSES.names()}))
-    else:
-        facts = algorithm_facts(algorithm_entry(name).name, whole=True)
+    import_all(imports)
+    facts = facts_of(name, as_loss)
     if as_json:
-        print(json.dumps(facts, indent=2, default=str))
+        proved = {} if quick else {"proved": [vars(f) | {"holds": f.holds} for f in findings_of(facts)]}
+        print(json.dumps(facts | proved, indent=2, default=str))
         return
     _print_card(facts)
+    if not quick:
+        _print_proofs(facts)
+
+
+def facts_of(name: str, as_loss: bool = False) -> dict[str, Any]:
+    """Everything about the entry of that name; an algorithm goes before a loss, unless the loss is asked for."""
+    if as_loss or _is_term_only(name):
+        return loss_facts(LOSSES.entry(name).name, whole=True)
+    if name in ALGORITHMS or name in LOSSES:
+        return algorithm_facts(algorithm_entry(name).name, whole=True)
+    for registry in AROUND.values():
+        if name in registry:
+            return entry_facts(registry, registry.entry(name).name, whole=True)
+    ours = [n for registry in AROUND.values() for n in registry.names()]
+    raise ALGORITHMS.unknown(name, sorted({*list_algorithms(f"{prefix_of(name)}*"), *ours}))
 
 
 def show_training(as_json: bool) -> None:
@@ -87,13 +109,10 @@ def show_training(as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2, default=str))
         return
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("option", style="bold", no_wrap=True)
-    table.add_column("default", no_wrap=True)
-    table.add_column("")
+    shown = table("default", "", first="option")
     for row in rows:
-        table.add_row(row["name"], _word(row["default"]), _plain(row["doc"]))
-    _console().print(table)
+        shown.add_row(row["name"], _word(row["default"]), plain(row["doc"]))
+    wide_console().print(shown)
 
 
 def training_options() -> list[dict[str, Any]]:
@@ -142,13 +161,55 @@ def algorithm_facts(name: str, whole: bool = False) -> dict[str, Any]:
             "composition": repr(algorithm).partition(": ")[2].removesuffix(">"),
             "losses": list(dict.fromkeys(t.loss.name for s in algorithm.stages for t in s.terms)),
         }
+        if prefix_of(name):
+            facts["resolves_to"] = [_resolution(term) for stage in algorithm.stages for term in stage.terms]
+    return facts
+
+
+def _resolution(term: Term) -> dict[str, Any]:
+    """The entry behind a term of another library's spelling, and what its card says about that library."""
+    return {
+        "loss": term.loss.name,
+        "options": dict(term.loss.options),
+        "mean_over": term.counted.unit,
+        "weight": term.weight,
+        "why": section(term.loss.entry, "Convention"),
+    }
+
+
+def entry_facts(registry: Registry, name: str, whole: bool = False) -> dict[str, Any]:
+    """What is known about a loss, a modifier, a credit function or an estimator."""
+    entry = registry.entry(name)
+    if registry is LOSSES:
+        return loss_facts(name, whole)
+    facts: dict[str, Any] = {
+        "name": name,
+        "kind": registry.kind,
+        "line": entry.line,
+        "paper": entry.paper,
+        "aliases": list(entry.aliases),
+    }
+    if registry is MODIFIERS:
+        facts |= {"takes": f"losses of {entry.tags['family'].__name__}", "gives": "the loss, modified"}
+        facts["needs"] = [*(["reference"] if entry.tags["reference"] else []), *entry.tags["extras"]]
+        if whole:
+            losses = [cast(LossEntry, LOSSES.entry(n)) for n in LOSSES.names()]
+            family = {e.name: e.refusal(entry) for e in losses if e.tags["family"] is entry.tags["family"]}
+            facts["applies_to"] = [n for n, why in family.items() if why is None]
+            facts["refused_by"] = {n: why for n, why in family.items() if why is not None}
+    elif registry is CREDITS:
+        facts |= {"takes": "rewards", "gives": GIVES[entry.tags["gives"]]}
+    else:
+        facts |= {"takes": READS[entry.tags["needs"]], "gives": "KL of each token"}
+    if whole:
+        facts |= _documentation(entry) | {"exceptions": dict(entry.tags.get("exceptions", {}))}
     return facts
 
 
 def loss_facts(name: str, whole: bool = False) -> dict[str, Any]:
     """What is known about a loss."""
     entry = LOSSES.entry(name)
-    loss = Loss(entry)
+    loss = Loss(cast(LossEntry, entry))
     facts: dict[str, Any] = {
         "name": name,
         "kind": "loss",
@@ -158,10 +219,31 @@ def loss_facts(name: str, whole: bool = False) -> dict[str, Any]:
         "family": loss.family.__name__,
         "count": loss.count,
         "needs": [*(["reference"] if loss.reference else []), *loss.extras],
+        "takes": loss.family.__name__,
+        "gives": f"mean over {loss.count}",
     }
     if whole:
         facts |= _documentation(entry)
     return facts
+
+
+def section(entry: Entry, title: str) -> str:
+    """A paragraph of the docstring that begins with its title, as one line without the title.
+
+    >>> section(LOSSES.entry("ipo_sum"), "Source")
+    'Azar et al., A General Theoretical Paradigm, arXiv:2310.12036, equation 17.'
+    """
+    found = re.search(
+        rf"^{title}:\s(.*?)(?=\n\n(?:[A-Z][a-z ]+:|>>> )|\Z)", inspect.getdoc(entry.function) or "", re.M | re.S
+    )
+    return " ".join(found[1].split()) if found else ""
+
+
+def findings_of(facts: Mapping[str, Any]) -> list[Finding]:
+    """What the laboratory finds of the entry, computed now."""
+    from prefzoo.theory import findings
+
+    return findings(facts["name"])
 
 
 def _needs(algorithm: Algorithm) -> list[str]:
@@ -176,7 +258,15 @@ def _needs(algorithm: Algorithm) -> list[str]:
 
 def _documentation(entry: Entry) -> dict[str, Any]:
     function = inspect.unwrap(entry.function)
-    return {"doc": inspect.getdoc(function) or "", "options": entry.options, "file": inspect.getsourcefile(function)}
+    made: dict[str, Any] = {
+        "doc": inspect.getdoc(function) or "",
+        "options": dict(entry.own_options),
+        "file": inspect.getsourcefile(function),
+    }
+    if isinstance(entry, LossEntry):
+        made["modifiers"] = {m.name: dict(m.options) for m in entry.modifiers}
+        made["exceptions"] = dict(entry.tags["exceptions"])
+    return made
 
 
 def _is_term_only(name: str) -> bool:
@@ -185,29 +275,81 @@ def _is_term_only(name: str) -> bool:
 
 
 def _print_card(facts: dict[str, Any]) -> None:
-    console = _console()
+    console = wide_console()
     head = [facts["name"], f"({facts['kind']})", *([facts["paper"]] if facts["paper"] else [])]
     if facts["aliases"]:
         head.append(f"also {', '.join(facts['aliases'])}")
     console.print("  ".join(head), style="bold", markup=False)
     console.print(f"\n{facts['doc'].strip()}\n", markup=False, highlight=False, soft_wrap=True)
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
+    for line in _resolved(facts):
+        console.print(f"{line}\n", markup=False, highlight=False, soft_wrap=True)
+    shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    shown.add_column(style="bold", no_wrap=True)
+    shown.add_column()
     for key, value in _rows(facts).items():
-        table.add_row(key, _plain(value))
-    table.add_row("source", facts["file"] or "unknown")
-    console.print(table)
+        shown.add_row(key, plain(value))
+    shown.add_row("source", facts["file"] or "unknown")
+    console.print(shown)
+
+
+def _print_proofs(facts: dict[str, Any]) -> None:
+    """What the laboratory finds; printed last, because it is computed now."""
+    console = wide_console()
+    for title, lines in _proved(findings_of(facts)).items():
+        console.print(f"\n{title}", style="bold", markup=False)
+        for line in lines:
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _proved(found: Iterable[Finding]) -> dict[str, list[str]]:
+    """Findings by what they are, in words: claims that are proved, biases that are stated, claims that do not hold."""
+    made: dict[str, list[str]] = {"what is proved": [], "biases": [], "what does not hold": []}
+    for finding in found:
+        title = "biases" if finding.bound is None else "what is proved" if finding.holds else "what does not hold"
+        made[title].append(finding.words)
+    return {title: lines for title, lines in made.items() if lines}
+
+
+def _resolved(facts: Mapping[str, Any]) -> list[str]:
+    """Of another library's name: which entries here are meant, and what their cards say about the spelling."""
+    lines = []
+    for term in facts.get("resolves_to", []):
+        weight = f"{term['weight']:g} x " if term["weight"] != 1 else ""
+        options = f" with {_settings(term['options'])}" if term["options"] else ""
+        lines.append(f"resolves to: {weight}{term['loss']}{options}, mean over {term['mean_over']}")
+        lines += [f"why {term['loss']}: {term['why']}"] if term["why"] else []
+    return lines
 
 
 def card_page(facts: dict[str, Any]) -> str:
     """The same card as a page of the documentation, in Markdown; the docstring comes through mkdocstrings."""
-    function = inspect.unwrap((LOSSES if facts["kind"] == "loss" else ALGORITHMS).entry(facts["name"]).function)
+    function = inspect.unwrap(_registry(facts).entry(facts["name"]).function)
     rows = "".join(f"| {key} | {_cell(value)} |\n" for key, value in _rows(facts).items())
     also = f" (also {', '.join(facts['aliases'])})" if facts["aliases"] else ""
     paper = f" · {facts['paper']}" if facts["paper"] else ""
     head = f"# {facts['name']}\n\n{facts['kind'].capitalize()}{also}{paper}\n\n| | |\n|---|---|\n{rows}"
-    return f"{head}\n::: {function.__module__}.{function.__qualname__}\n"
+    resolved = "".join(f"\n{_text(line)}\n" for line in _resolved(facts))
+    proofs = "".join(
+        f"\n## {title.capitalize()}\n\n" + "".join(f"- {_text(line)}\n" for line in lines)
+        for title, lines in _proved(findings_of(facts)).items()
+    )
+    return f"{head}{resolved}\n::: {function.__module__}.{function.__qualname__}\n{proofs}"
+
+
+def _registry(facts: Mapping[str, Any]) -> Registry:
+    """Where the entry of these facts is; a loss may be shown as the algorithm of its name."""
+    found = next((r for r in AROUND.values() if r.kind == facts["kind"]), ALGORITHMS)
+    return found if facts["name"] in found else LOSSES
+
+
+def all_pages() -> Iterator[tuple[str, str]]:
+    """Path and content of every generated page: the options of training, and one card for each entry."""
+    yield "training-options.md", training_page()
+    for name in [*ALGORITHMS.names(), *ALGORITHMS.names("*:*")]:
+        yield f"cards/{name.replace(':', '-')}.md", card_page(algorithm_facts(name, whole=True))
+    for kind, registry in AROUND.items():
+        for name in registry.names():
+            yield f"cards/{kind}/{name}.md", card_page(entry_facts(registry, name, whole=True))
 
 
 def _cell(text: str) -> str:
@@ -217,6 +359,8 @@ def _cell(text: str) -> str:
 def _rows(facts: dict[str, Any]) -> dict[str, str]:
     """What a card says beside the docstring."""
     rows = {"options": _settings(facts["options"]) or "none"}
+    for modifier, options in facts.get("modifiers", {}).items():
+        rows[f"with {modifier}"] = _settings(options)
     if facts["kind"] == "algorithm":
         rows |= {
             "learns from": facts["learns_from"],
@@ -226,12 +370,17 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
             "": "all options of training: prefzoo show training",
             "its losses": "\n".join(f"prefzoo show --loss {name}" for name in facts["losses"]),
         }
-    else:
+    elif facts["kind"] == "loss":
         rows |= {
             "family": facts["family"],
             "mean over": facts["count"],
             "needs": ", ".join(facts["needs"]) or "nothing more",
         }
+    else:
+        rows |= {"takes": facts["takes"], "gives": facts["gives"], "needs": ", ".join(facts.get("needs", []))}
+        rows["applies to"] = ", ".join(facts.get("applies_to", []))
+        rows["refused by"] = "\n".join(f"{name}: {why}" for name, why in facts.get("refused_by", {}).items())
+    rows["breaks"] = "\n".join(f"{check}: {why}" for check, why in facts.get("exceptions", {}).items())
     return {key: value for key, value in rows.items() if value}
 
 
@@ -244,17 +393,26 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=repr)
 
 
-def _plain(text: str) -> Any:
+def plain(text: str) -> Any:
     from rich.text import Text
 
     return Text(text)
 
 
-def _import_all(files: Iterable[Path]) -> None:
+def table(*columns: str, first: str) -> Table:
+    """A plain table whose first column is bold and whole; short columns are not broken."""
+    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    shown.add_column(first, style="bold", no_wrap=True)
+    for column in columns:
+        shown.add_column(column, no_wrap=column in ("paper", "kind", "default"))
+    return shown
+
+
+def import_all(files: Iterable[Path]) -> None:
     for file in files:
         import_file(file)
 
 
-def _console() -> Console:
+def wide_console() -> Console:
     """Wide where nobody looks, so that a pipe gets one line per entry."""
     return Console(width=None if sys.stdout.isatty() else 160)

@@ -1,0 +1,117 @@
+"""``prefzoo check``: the contract of losses, and what the theory laboratory finds, as tables and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefzoo.algorithm import ALGORITHMS
+from prefzoo.cli.cards import AROUND, import_all, plain, table, wide_console
+from prefzoo.cli.training import read_settings
+from prefzoo.losses import LOSSES, create_loss
+from prefzoo.registry import UsageError, suggest
+from prefzoo.testing import ContractError, loss_checks
+
+
+def show_contract(names: Sequence[str], settings: Sequence[str], imports: Iterable[Path], as_json: bool) -> bool:
+    """Check losses, all where none is named; print how it went, and return whether all keep the contract."""
+    import_all(imports)
+    options = read_settings(settings)
+    if options and len(names) != 1:
+        raise UsageError(f"-s sets an option of one loss, but {len(names) or 'no'} names are given: name one.")
+    for name in names:
+        _known_loss(name)
+    results = [contract_of(name, options) for name in names or LOSSES.names()]
+    if as_json:
+        print(json.dumps(results, indent=2))
+    elif len(names) == 1:
+        _print_one(results[0])
+    else:
+        _print_all(results)
+    return not any(result["failed"] for result in results)
+
+
+def contract_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How each check of one loss went, by outcome: check and reason, of those that passed the check alone."""
+    loss = create_loss(name, **options)
+    result: dict[str, Any] = {"name": loss.name, "options": dict(options)}
+    result |= {"passed": [], "failed": {}, "exceptions": {}, "not_applicable": {}}
+    for check in loss_checks(loss):
+        try:
+            outcome, _, reason = check().partition(": ")
+        except ContractError as error:
+            result["failed"][check.name] = str(error)
+            continue
+        if outcome == "passed":
+            result["passed"].append(check.name)
+        else:
+            result["exceptions" if outcome == "exception" else "not_applicable"][check.name] = reason
+    return result
+
+
+def show_theory(names: Sequence[str], settings: Sequence[str], imports: Iterable[Path], as_json: bool) -> bool:
+    """Print what the laboratory finds of these entries, of all where none is named; return whether all of it holds."""
+    from prefzoo.theory import findings
+    from prefzoo.theory.base import load_theorems
+
+    import_all(imports)
+    if settings:
+        raise UsageError("-s has no effect on --theory: theorems choose their options themselves.")
+    proved = sorted({entry for theorem in load_theorems() for entry in theorem.entries})
+    known = sorted({*proved, *(n for r in (ALGORITHMS, *AROUND.values()) for n in r.names())})
+    for name in names:
+        if name not in known:
+            raise UsageError(f"no entry {name!r}{suggest(name, known)} 'prefzoo list losses' shows the names.")
+    rows = [vars(f) | {"holds": f.holds} for name in names or proved for f in findings(name)]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return all(row["holds"] for row in rows)
+    shown = table("kind", "claim", "measured", "bound", "holds", first="entry")
+    for row in rows:
+        bound = "a bias" if row["bound"] is None else f"{row['bound']:.2g}"
+        verdict = "stated" if row["bound"] is None else "yes" if row["holds"] else "NO"
+        shown.add_row(row["entry"], row["kind"], plain(row["claim"]), f"{row['measured']:.2g}", bound, verdict)
+    wide_console().print(shown)
+    without = [name for name in names if all(row["entry"] != name for row in rows)]
+    if without:
+        print(f"no theorem speaks of {', '.join(without)}")
+    return all(row["holds"] for row in rows)
+
+
+def _known_loss(name: str) -> None:
+    """Refuse what is no loss, with the reason where it is something else."""
+    if name in LOSSES:
+        return
+    kind = next((r.kind for r in (ALGORITHMS, *AROUND.values()) if name in r), None)
+    if kind == "modifier":
+        raise UsageError(f"{name!r} is a modifier: it is checked with every loss that it applies to.")
+    if kind is not None:
+        raise UsageError(f"{name!r} is no loss ({kind}), and the contract is that of losses; try --theory.")
+    LOSSES.entry(name)  # raises, with the nearest name
+
+
+def _print_one(result: Mapping[str, Any]) -> None:
+    shown = table("outcome", "", first="check")
+    for name in result["passed"]:
+        shown.add_row(name, "passed", "")
+    for outcome in ("exceptions", "not_applicable", "failed"):
+        for name, reason in result[outcome].items():
+            words = {"exceptions": "exception", "not_applicable": "not applicable", "failed": "FAILED"}[outcome]
+            shown.add_row(name, words, plain(reason))
+    wide_console().print(shown)
+
+
+def _print_all(results: Sequence[Mapping[str, Any]]) -> None:
+    shown = table("passed", "failed", "exceptions", "not applicable", first="loss")
+    for result in results:
+        exceptions = "\n".join(f"{check}: {reason}" for check, reason in result["exceptions"].items())
+        counts = [str(len(result[key])) for key in ("passed", "failed", "not_applicable")]
+        shown.add_row(result["name"], counts[0], counts[1] if result["failed"] else "", plain(exceptions), counts[2])
+    wide_console().print(shown)
+    for result in results:
+        for message in result["failed"].values():
+            print(f"\n{message}")
+    broken = sum(bool(result["failed"]) for result in results)
+    print(f"\n{len(results) - broken} of {len(results)} losses keep the contract")
