@@ -119,6 +119,16 @@ def test_of_one_token_all_ratios_are_the_same() -> None:
     close(create_loss("gmpo", **WIDE)(record).loss, create_loss("clipped_surrogate", **WIDE)(record).loss[:, 0])
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_kl_that_is_logged_is_that_of_old_to_policy(name: str) -> None:
+    """By enumeration of one token, sampled by the old policy."""
+    generator = torch.Generator().manual_seed(4)
+    policy, old = torch.randn(2, 5, generator=generator, dtype=torch.float64).log_softmax(-1)
+    record = given([[float(x)] for x in policy - old], [1.0] * 5)
+    out = create_loss(name)(record)
+    close((old.exp() * out.metrics["approx_kl"].reshape(-1)).sum(), (old.exp() * (old - policy)).sum())
+
+
 # -- the clip ---------------------------------------------------------------------------------------------------------
 
 RATIOS = [(0.5, "below"), (0.9, "inside"), (1.1, "inside"), (1.6, "above")]
@@ -168,6 +178,8 @@ def test_cispo_keeps_the_gradient_that_the_clip_drops() -> None:
     close(kept_BT, -2.0 * torch.tensor([[1.28, math.exp(-0.1), 0.8]], dtype=torch.float64))
     close(dropped_BT, -2.0 * torch.tensor([[0.0, math.exp(-0.1), math.exp(-1)]], dtype=torch.float64))
     close(grad_of("cispo", record, clip_high=0.28)[:, 2:], dropped_BT[:, 2:])  # no lower bound
+    metrics = create_loss("cispo", clip=0.2, clip_high=0.28)(record).metrics
+    assert metrics["clip_ratio"].tolist() == [[1.0, 0.0, 1.0]]
 
 
 def test_cispo_without_bounds_has_the_gradient_of_the_unclipped_surrogate() -> None:
@@ -281,6 +293,12 @@ def test_vespo_weighs_by_a_kernel_that_is_one_on_policy_and_largest_at_k_over_la
     assert bool((phi[1] > phi[2:]).all())
     assert bool((phi[4:] < 1e-5).all())
     close(gradient(out.loss, record), -sign * out.metrics["phi"])  # no gradient through the kernel
+
+
+def test_vespo_bounds_its_weight_and_the_tokens_in_it() -> None:
+    record = given([[100.0, -30.0], [15.0, 15.0], [-15.0, -15.0], [1.0, 2.0]], [1.0] * 4)
+    expected_B = torch.tensor([1.0, math.exp(20.0), 1e-8, math.exp(3.0)], dtype=torch.float64)
+    close(create_loss("vespo")(record).metrics["ratio"], expected_B)
 
 
 def test_vespo_multiplies_the_correction_into_its_weight() -> None:
