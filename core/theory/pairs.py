@@ -118,7 +118,6 @@ def hard_labels(entry: str) -> Iterator[Finding]:
     """Labels that are always the same still have a finite optimum: the logit of the smoothing."""
     share = 0.1
     target = torch.log(torch.tensor((1 - share) / share)) / BETA
-    gap = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
     table = Tabular(vocabulary=2, length=1, spread=0.0)
     policy, loss = unfrozen(table), create_loss(entry, beta=BETA, label_smoothing=share)
     first, second = torch.tensor([0]), torch.tensor([1])
@@ -304,10 +303,7 @@ def pushes(entry: str) -> Iterator[Finding]:
     for push in PUSHES[entry]:
         loss, gaps = create_loss(entry, **push.options), []
         for world in worlds():
-            wide = unfrozen(world.policy)  # far enough from the reference for all regions to be seen
-            with torch.no_grad():
-                for i, parameter in enumerate(wide.parameters()):
-                    parameter += noise(*parameter.shape, seed=30 + i, scale=0.5)
+            wide = moved(world.policy, 0.5, seed=30)  # far enough from the reference to see all regions
             count = len(wide.strings)
             chosen_B = torch.arange(count).repeat_interleave(count)
             rejected_B = torch.arange(count).repeat(count)

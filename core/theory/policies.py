@@ -123,7 +123,7 @@ class Tabular(EnumerablePolicy):
                 path = (*prefix, token)
                 goes_on = torch.tensor([s[: len(path)] == path for s in self.strings])
                 self.table[i, token] = log_probs_R[goes_on].logsumexp(0)
-        self.table -= self.table.logsumexp(-1, keepdim=True)
+        self.table.sub_(self.table.logsumexp(-1, keepdim=True))
         return self
 
 

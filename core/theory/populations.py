@@ -99,7 +99,7 @@ def moved(policy: EnumerablePolicy, scale: float, seed: int) -> EnumerablePolicy
     """A copy with noise added to all parameters."""
     copied = copy.deepcopy(policy)
     for i, parameter in enumerate(copied.parameters()):
-        parameter += noise(*parameter.shape, seed=seed + 100 * i, scale=scale)
+        parameter.add_(noise(*parameter.shape, seed=seed + 100 * i, scale=scale))
     return copied
 
 
@@ -133,7 +133,7 @@ def pairs_of(
     ref_RT = reference.logps()[0]
     kl_RT = token_kl(policy, reference)
     log_sq_RT = (2 * policy.distributions()).logsumexp(-1)
-    sides = {}
+    sides: dict[str, Tensor] = {}
     for side, index_B in (("chosen", chosen_B), ("rejected", rejected_B)):
         sides |= {
             f"{side}_logps_BT": logps_RT[index_B],

@@ -174,6 +174,13 @@ SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
     "js": lambda u: torch.log(2 * u / (1 + u)),
     "alpha": lambda u: (1 - u**-0.3) / 0.3,
 }
+
+
+def by_slope(slope: Callable[[Tensor], Tensor], facts: Facts) -> Tensor:
+    """Bradley-Terry labels whose rewards are β f'(π/ref), (R, R)."""
+    return torch.sigmoid(BETA * differences(slope(facts.ratio_R.exp())))
+
+
 LAMBDA = math.log((1 - SMOOTHING) / SMOOTHING)
 CASES: dict[str, list[Case]] = {
     "dpo": [
@@ -389,7 +396,7 @@ MODIFIED: dict[str, tuple[str, list[Case]]] = {
         [
             Case(
                 f"β f'(π/ref) = r + const, f of the divergence {name} and r the rewards of Bradley-Terry labels",
-                win(lambda f, slope=slope: torch.sigmoid(BETA * differences(slope(f.ratio_R.exp())))),
+                win(functools.partial(by_slope, slope)),
                 {"beta": BETA, "divergence": name, **({"divergence_alpha": 0.3} if name == "alpha" else {})},
             )
             for name, slope in SLOPES.items()
@@ -452,9 +459,8 @@ def check_case(entry: str, name: str, case: Case) -> Iterator[Finding]:
         weight_B = labelled(behaviour_R, win_RR)
         if case.within is not None:
             weight_B = weight_B * case.within(world).flatten()
-        objective = functools.partial(
-            population_loss, loss, reference=world.reference, weight_B=weight_B, **case.fields(world.facts, win_RR)
-        )
+        fields: dict[str, Any] = case.fields(world.facts, win_RR)
+        objective = functools.partial(population_loss, loss, reference=world.reference, weight_B=weight_B, **fields)
         at, start = (
             float(p.gradient(objective(policy=p)).abs().max()) for p in (world.policy, unfrozen(world.reference))
         )

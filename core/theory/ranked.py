@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from prefzoo.losses import create_loss
+from prefzoo.losses import Loss, create_loss
 from prefzoo.records import Ranked
 from prefzoo.theory.base import Finding, theorem
 from prefzoo.theory.policies import EnumerablePolicy, Tabular, TinyTransformer
@@ -29,6 +29,8 @@ from prefzoo.theory.rewards import plackett_luce_probabilities, rankings
 BETA = 0.5
 EXACT = 1e-9
 REACHED = 1e-5
+
+Objective = tuple[World, Callable[[EnumerablePolicy], Tensor]]
 
 
 def ranked_worlds(*, uniform: bool = False) -> Iterator[World]:
@@ -63,13 +65,23 @@ def lists_of(
     )
 
 
+def list_loss(
+    loss: Loss,
+    reference: EnumerablePolicy,
+    orders: Sequence[tuple[int, ...]],
+    weight_P: Tensor,
+    scores_R: Tensor | None,
+    policy: EnumerablePolicy,
+) -> Tensor:
+    """The loss over these rankings, a scalar."""
+    return (weight_P * loss(lists_of(policy, reference, orders, scores_R)).loss).sum()
+
+
 def best_first(scores_R: Tensor) -> tuple[int, ...]:
     return tuple(scores_R.argsort(descending=True).tolist())
 
 
-def stationary(
-    entry: str, claim: str, cases: list[tuple[World, Callable[[EnumerablePolicy], Tensor]]]
-) -> Iterator[Finding]:
+def stationary(entry: str, claim: str, cases: list[Objective]) -> Iterator[Finding]:
     """The gradient of an objective is 0 at the world's policy; descent from its reference ends there, of the table."""
     shares = []
     for a_world, objective in cases:
@@ -88,18 +100,12 @@ def stationary(
 def rankings_by_rewards(entry: str) -> Iterator[Finding]:
     """Rankings drawn by Plackett-Luce with rewards r, of any lists: the optimum is ref exp(r/β), as of DPO."""
     loss = create_loss(entry, beta=BETA)
-    cases = []
+    cases: list[Objective] = []
     for a_world in ranked_worlds():
         orders = rankings(len(a_world.behaviour_R), 3)
         shown_P = a_world.behaviour_R[torch.tensor(orders)].prod(-1)
         weight_P = shown_P * plackett_luce_probabilities(BETA * a_world.facts.ratio_R, orders)
-
-        def objective(
-            policy: EnumerablePolicy, a_world: World = a_world, weight_P: Tensor = weight_P, orders: object = orders
-        ) -> Tensor:
-            return (weight_P * loss(lists_of(policy, a_world.reference, orders)).loss).sum()  # type: ignore[arg-type]
-
-        cases.append((a_world, objective))
+        cases.append((a_world, functools.partial(list_loss, loss, a_world.reference, orders, weight_P, None)))
     yield from stationary(entry, "π ∝ ref exp(r/β), r the rewards of Plackett-Luce rankings of three", cases)
 
 
@@ -108,17 +114,12 @@ def reverse_kl(entry: str) -> Iterator[Finding]:
     """With scores as labels the loss is a reverse KL over the list, so its optimum is exact."""
     temperature = 2.0
     loss = create_loss(entry, beta=BETA, reward_beta=temperature)
-    cases = []
+    cases: list[Objective] = []
     for a_world in ranked_worlds():
         scores_R = BETA * temperature * a_world.facts.ratio_R
         orders = [o for o in rankings(len(scores_R), 3) if list(o) == sorted(o, key=lambda i: -scores_R[i])]
-
-        def objective(
-            policy: EnumerablePolicy, a_world: World = a_world, scores_R: Tensor = scores_R, orders: object = orders
-        ) -> Tensor:
-            return loss(lists_of(policy, a_world.reference, orders, scores_R)).loss.sum()  # type: ignore[arg-type]
-
-        cases.append((a_world, objective))
+        even_P = torch.ones(len(orders), dtype=torch.float64)
+        cases.append((a_world, functools.partial(list_loss, loss, a_world.reference, orders, even_P, scores_R)))
     yield from stationary(entry, "π ∝ ref exp(score / (β β_r)), from lists of three", cases)
 
 
@@ -127,17 +128,12 @@ def noise_contrast(entry: str) -> Iterator[Finding]:
     """With the reference even over the list and β = 1, the classifier's optimum is the policy softmax(scores / α)."""
     alpha = 0.8
     loss = create_loss(entry, beta=1.0, alpha=alpha)
-    cases = []
+    cases: list[Objective] = []
     for a_world in ranked_worlds(uniform=True):
         scores_R = alpha * a_world.facts.log_prob_R
         orders = [best_first(scores_R)]
-
-        def objective(
-            policy: EnumerablePolicy, a_world: World = a_world, scores_R: Tensor = scores_R, orders: object = orders
-        ) -> Tensor:
-            return loss(lists_of(policy, a_world.reference, orders, scores_R)).loss.sum()  # type: ignore[arg-type]
-
-        cases.append((a_world, objective))
+        even_P = torch.ones(len(orders), dtype=torch.float64)
+        cases.append((a_world, functools.partial(list_loss, loss, a_world.reference, orders, even_P, scores_R)))
     yield from stationary(entry, "π = ref K softmax(scores/α), at β = 1 with ref even over the list of all", cases)
 
 
@@ -158,7 +154,7 @@ def ordering(entry: str) -> Iterator[Finding]:
         )
         with torch.no_grad():
             for parameter, slope in zip(policy.parameters(), gradient, strict=True):
-                parameter -= 2 * slope
+                parameter.sub_(2 * slope)
     wrong = float((differences(Facts.of(policy, a_world.reference).ratio_R[list(orders[0])]).diagonal(1) <= 0).sum())
     yield Finding(
         entry, "optimum", "descent orders the log-ratios as the scores (neighbours in the wrong order)", wrong, 0
