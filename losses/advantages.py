@@ -69,8 +69,8 @@ def group_relative(
     ``"batch"`` takes the deviation of the raw rewards, not of the differences, as TRL does. ``sample`` and ``eps`` have
     no effect without a division and are refused there.
 
-    Known failure: dividing by the group's deviation gives prompts that are almost always or almost never solved the
-    largest weight, and makes the expected gradient another objective's than the mean reward's.
+    Known failure: dividing by the group's deviation makes the expected gradient another objective's than the mean
+    reward's; from groups of four on, prompts that are almost always or almost never solved get the largest weight.
 
     Source: Shao et al., arXiv:2402.03300, section 4.1.2; scale="none": Liu et al., arXiv:2503.20783.
 
@@ -268,7 +268,9 @@ def gae(
     tokens' values by default ("equal"). The value where a macro-action is chosen is that of its first token. Rewards
     of a span are added, undiscounted; the code of that paper averages them, which loses part of the KL penalty.
 
-    Known failure: with λ < 1 the advantages are biased by the critic's error; early in training that is all there is.
+    Known failure: with λ < 1 the advantages are biased by the critic's error; early in training that is all there is. The
+    mean value of a macro-action has seen its tokens, so as a baseline it biases the gradient even where the critic is
+    right; ``"first"`` does not.
 
     Source: Schulman et al., arXiv:1506.02438, equation 16; macro-actions: Chai et al. (MA-RLHF), arXiv:2410.02743.
 

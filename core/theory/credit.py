@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prefzoo.losses import advantages, create_loss
+from prefzoo.losses.kl import ValueEstimatorName
 from prefzoo.records import Values, masked_sum
 from prefzoo.theory.base import Finding, theorem
 from prefzoo.theory.divergences import token_kl, visited
@@ -42,6 +43,7 @@ def ascent(policy: EnumerablePolicy, drawn: Draws, credit: Tensor, unit: str = "
 
 
 GroupCredit = Callable[[Tensor, Tensor], Tensor]
+Ascent = Callable[[EnumerablePolicy, Tensor], Tensor]
 
 
 def group_ascent(
@@ -52,13 +54,18 @@ def group_ascent(
     return ascent(policy, drawn, credit(rewards_R[drawn.index_B], drawn.batch_B), unit)
 
 
+def over_groups(credit: GroupCredit, size: int) -> Ascent:
+    """``group_ascent`` as a function of policy and rewards."""
+    return lambda policy, rewards_R: group_ascent(policy, rewards_R, credit, size)
+
+
 def batch_ascent(policy: EnumerablePolicy, credit: Callable[[Tensor], Tensor], size: int) -> Tensor:
     """As ``group_ascent``; the credit is called with the rows of one batch after another."""
     drawn = draws(policy, size)
     return ascent(policy, drawn, torch.cat([credit(drawn.index_B[rows]) for rows in drawn.batches()]))
 
 
-def worst_difference(found: Callable[[EnumerablePolicy, Tensor], Tensor], factor: float = 1.0) -> float:
+def worst_difference(found: Ascent, factor: float = 1.0) -> float:
     """The largest difference from ``factor`` times the exact gradient, over the policies."""
     pairs = [(p, some_rewards(p)) for p in policies()]
     return max(difference(found(p, r), factor * objective_gradient(p, r)) for p, r in pairs)
@@ -77,7 +84,7 @@ def no_signal(entry: str, credit: GroupCredit) -> Iterator[Finding]:
 def leave_one_out(entry: str) -> Iterator[Finding]:
     """The mean over all groups against the gradient of the mean reward."""
     for size in (2, 3):
-        measured = worst_difference(lambda p, r, n=size: group_ascent(p, r, advantages.leave_one_out, n))  # type: ignore[misc]
+        measured = worst_difference(over_groups(advantages.leave_one_out, size))
         yield Finding(entry, "expectation", f"G = {size}: the exact gradient of the mean reward", measured, EXACT)
     yield from no_signal(entry, advantages.leave_one_out)
 
@@ -93,7 +100,7 @@ def group_relative(entry: str) -> Iterator[Finding]:
         return advantages.group_relative(rewards_B, group_B, eps=1e-13)
 
     for size in (2, 3):
-        measured = worst_difference(lambda p, r, n=size: group_ascent(p, r, plain, n), (size - 1) / size)  # type: ignore[misc]
+        measured = worst_difference(over_groups(plain, size), (size - 1) / size)
         claim = f"scale='none', G = {size}: (G - 1)/G times the exact gradient of the mean reward"
         yield Finding(entry, "expectation", claim, measured, EXACT)
 
@@ -199,11 +206,14 @@ def generalised_advantages(entry: str) -> Iterator[Finding]:
         drawn = draws(policy)
         return ascent(policy, drawn, credit_RT[drawn.index_B])
 
+    def with_right_critic(lam: float) -> Ascent:
+        return lambda policy, rewards_R: found(policy, rewards_R, value_of(policy, rewards_R), lam=lam)
+
     measured = worst_difference(lambda p, r: found(p, r, wrong_values(p), lam=1.0))
     claim = "λ = 1, any critic: the exact gradient of the mean reward"
     yield Finding(entry, "expectation", claim, measured, EXACT)
     for lam in (0.0, 0.95):
-        measured = worst_difference(lambda p, r, x=lam: found(p, r, value_of(p, r), lam=x))  # type: ignore[misc]
+        measured = worst_difference(with_right_critic(lam))
         claim = f"λ = {lam:g}, a critic that is right: the exact gradient of the mean reward"
         yield Finding(entry, "expectation", claim, measured, EXACT)
     policy = policies()[0]
@@ -260,7 +270,7 @@ def kl_in_the_reward(entry: str) -> Iterator[Finding]:
     exact = objective_gradient(policy, rewards_R) - weight * policy.gradient(kl(policy, reference))
     backward = policy.gradient(visited(policy, token_kl(reference.distributions().detach(), policy.distributions())))
 
-    def shaped(estimator: str) -> Tensor:
+    def shaped(estimator: ValueEstimatorName) -> Tensor:
         logps_RT, mask_RT = policy.logps()
         return advantages.shaped_rewards(
             rewards_R,
@@ -268,10 +278,10 @@ def kl_in_the_reward(entry: str) -> Iterator[Finding]:
             reference.logps()[0].detach(),
             mask_RT,
             kl=weight,
-            estimator=estimator,  # type: ignore[arg-type]
+            estimator=estimator,
         )
 
-    def found(estimator: str) -> Tensor:
+    def found(estimator: ValueEstimatorName) -> Tensor:
         credit_RT, _ = advantages.gae(shaped(estimator), wrong_values(policy), policy.mask_RT, lam=1.0)
         return ascent(policy, drawn, credit_RT[drawn.index_B])
 
@@ -283,7 +293,8 @@ def kl_in_the_reward(entry: str) -> Iterator[Finding]:
     yield bias(entry, "k2, reward to go", found("k2"), exact)
     probs_R = policy.log_probs().detach().exp()
     mean = (probs_R * rewards_R).sum() - weight * kl(policy, reference).detach()
-    for name in ("k1", "k3"):
+    unbiased: tuple[ValueEstimatorName, ...] = ("k1", "k3")
+    for name in unbiased:
         total = (probs_R * masked_sum(shaped(name), policy.mask_RT)).sum()
         claim = f"{name}: the rewards of a completion add up, on average, to its reward less kl · KL(π ‖ ref)"
         yield Finding(entry, "expectation", claim, (total - mean).abs().item(), EXACT)

@@ -115,7 +115,7 @@ def moved(policy: EnumerablePolicy, step: float = 0.3, seed: int = 11) -> Enumer
     other = copy.deepcopy(policy)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter += step * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(step * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return other
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def descent(
     scores_R: Tensor | None = None,
     advantages_RT: Tensor | None = None,
     unit: str = "row_sum",
-    **options: float,
+    **options: Any,
 ) -> Tensor:
     """The gradient of the mean loss over the data, by enumeration; scores and advantages by response."""
     logps_RT, mask_RT = policy.logps()
@@ -45,7 +46,7 @@ def data_of(policy: EnumerablePolicy) -> Tensor:
     return moved(policy, 0.8, seed=21).log_probs().detach().exp()
 
 
-def nearing(entry: str, claim: str, target: str, **options: float) -> Iterator[Finding]:
+def nearing(entry: str, claim: str, target: str, **options: Any) -> Iterator[Finding]:
     """The gradient is that of KL(target ‖ π) for every policy, so the target is the optimum: checked there too.
 
     ``target``: how the weight of a response comes from its score, in words of ``WEIGHTS``.
@@ -53,18 +54,18 @@ def nearing(entry: str, claim: str, target: str, **options: float) -> Iterator[F
     worst = 0.0
     for policy in policies():
         data_R, scores_R = data_of(policy), some_rewards(policy)
-        found = descent(entry, policy, data_R, **columns(entry, policy, scores_R), **options)  # type: ignore[arg-type]
+        found = descent(entry, policy, data_R, **columns(entry, policy, scores_R), **options)
         worst = max(worst, difference(found, towards(policy, data_R * WEIGHTS[target](scores_R))))
     yield Finding(entry, "gradient", f"the gradient of KL(target ‖ π), times the mean weight; {claim}", worst, EXACT)
     table = Tabular(vocabulary=3, length=3, seed=1)
     data_R, scores_R = data_of(table), some_rewards(table)
     weight_R = data_R * WEIGHTS[target](scores_R)
     table.become((weight_R / weight_R.sum()).clamp(min=1e-300).log())
-    found = descent(entry, table, data_R, **columns(entry, table, scores_R), **options)  # type: ignore[arg-type]
+    found = descent(entry, table, data_R, **columns(entry, table, scores_R), **options)
     yield Finding(entry, "optimum", f"0 at the target; {claim}", found.norm().item(), EXACT)
 
 
-def columns(entry: str, policy: EnumerablePolicy, scores_R: Tensor) -> dict[str, Tensor]:
+def columns(entry: str, policy: EnumerablePolicy, scores_R: Tensor) -> dict[str, Any]:
     """The columns of the record that an entry reads the score from."""
     if entry in ("awr", "hpo"):
         return {"advantages_RT": scores_R[:, None].expand(policy.mask_RT.shape)}
@@ -94,9 +95,9 @@ def imitation(entry: str) -> Iterator[Finding]:
 @theorem("weighted_sft")
 def weighted(entry: str) -> Iterator[Finding]:
     """Reward-weighted regression."""
-    uncapped = {"temperature": TEMPERATURE, "cap": 1e6}
+    uncapped: dict[str, Any] = {"temperature": TEMPERATURE, "cap": 1e6}
     yield from nearing(entry, "not capped, the target is data · exp(score / τ)", "exponential", **uncapped)
-    capped = {"temperature": TEMPERATURE, "cap": CAP}
+    capped: dict[str, Any] = {"temperature": TEMPERATURE, "cap": CAP}
     yield from nearing(entry, "capped, it is data · min(exp(score / τ), cap)", "capped", **capped)
     yield from large_temperature(entry, "temperature")
 
@@ -105,9 +106,9 @@ def weighted(entry: str) -> Iterator[Finding]:
 def advantage_weighted(entry: str) -> Iterator[Finding]:
     """Advantage-weighted regression, of completions and of tokens."""
     words = "one advantage per completion"
-    uncapped = {"beta": TEMPERATURE, "cap": 1e6}
+    uncapped: dict[str, Any] = {"beta": TEMPERATURE, "cap": 1e6}
     yield from nearing(entry, f"{words}, not capped, the target is data · exp(A / β)", "exponential", **uncapped)
-    capped = {"beta": TEMPERATURE, "cap": CAP}
+    capped: dict[str, Any] = {"beta": TEMPERATURE, "cap": CAP}
     yield from nearing(entry, f"{words}, capped, it is data · min(exp(A / β), cap)", "capped", **capped)
     yield from large_temperature(entry, "beta")
     if entry == "awr":
@@ -125,7 +126,8 @@ def advantage_weighted(entry: str) -> Iterator[Finding]:
 def large_temperature(entry: str, option: str) -> Iterator[Finding]:
     policy = policies()[0]
     data_R, scores_R = data_of(policy), some_rewards(policy)
-    found = descent(entry, policy, data_R, **columns(entry, policy, scores_R), **{option: 1e9})  # type: ignore[arg-type]
+    large: dict[str, Any] = {option: 1e9}
+    found = descent(entry, policy, data_R, **columns(entry, policy, scores_R), **large)
     measured = difference(found, descent("sft", policy, data_R))
     yield Finding(entry, "limit", f"{option} to infinity: the gradient of sft", measured, 1e-7)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ SEQUENCE = ("sequence_surrogate", "luspo")
 MEAN = ("gspo", "gmpo")
 SURROGATES = (*TOKEN, *SEQUENCE, *MEAN)
 
-PLAIN: Mapping[str, Mapping[str, float]] = {"a2c": {"entropy": 0.0}}  # without what is no policy gradient
-UNCLIPPED: Mapping[str, Mapping[str, float]] = {
+PLAIN: Mapping[str, Mapping[str, Any]] = {"a2c": {"entropy": 0.0}}  # without what is no policy gradient
+UNCLIPPED: Mapping[str, Mapping[str, Any]] = {
     "clipped_surrogate": {"clip": math.inf},
     "cispo": {"clip_high": math.inf},
     "sequence_surrogate": {"clip": math.inf},
@@ -56,7 +57,7 @@ def ascent(
     sampling: EnumerablePolicy | None = None,
     unit: str = "row_sum",
     entropy_floor: float | None = None,
-    **options: object,
+    **options: Any,
 ) -> Tensor:
     """The mean policy gradient of a loss over all responses of whichever policy sampled; advantages by response."""
     drawn = draws(sampling or old or policy)
@@ -180,9 +181,9 @@ def limits(entry: str) -> Iterator[Finding]:
     if entry in ("gspo", "gmpo", "sequence_surrogate", "luspo"):
         single = Tabular(vocabulary=4, seed=1)
         rewards_R, old = some_rewards(single), moved(single, 0.5)
-        same = {"clip": 0.2, "clip_high": 0.28}
+        same: dict[str, Any] = {"clip": 0.2, "clip_high": 0.28}
         # GMPO's range is one of logarithms.
-        logs = {"clip": -math.log1p(-0.2), "clip_high": math.log1p(0.28)} if entry == "gmpo" else same
+        logs: dict[str, Any] = {"clip": -math.log1p(-0.2), "clip_high": math.log1p(0.28)} if entry == "gmpo" else same
         unit = "row" if entry in MEAN else "row_sum"
         found = ascent(entry, single, rewards_R, old=old, unit=unit, **logs)
         token = ascent("clipped_surrogate", single, rewards_R, old=old, **same)
@@ -240,36 +241,41 @@ def entropy_bonus(entry: str) -> Iterator[Finding]:
 # -- modifiers --------------------------------------------------------------------------------------------------------
 
 
+def corrected(entry: str, policy: EnumerablePolicy, words: str) -> Iterator[Finding]:
+    """Every kind of weight, on the samples of one other policy."""
+    sampling, rewards_R = moved(policy, OFF), some_rewards(policy)
+    exact = objective_gradient(policy, rewards_R)
+    centred_R = rewards_R - (sampling.log_probs().detach().exp() * rewards_R).sum()
+    words = f"{words}, the sampler {nats(sampling, policy):.2f} nats away"
+
+    def found(correction: str, **bound: Any) -> Tensor:
+        return ascent("reinforce", policy, centred_R, sampling=sampling, correction=correction, **bound)
+
+    free = {"correction_max": math.inf}
+    yield bias(entry, f"{words}, without correction", found("none"), exact)
+    claim = f"{words}, weights per sequence, not bounded: the exact gradient of the mean reward"
+    yield Finding(entry, "expectation", claim, difference(found("sequence_truncate", **free), exact), EXACT)
+    per_token = found("token_truncate", **free)
+    if policy.length == 1:
+        claim = f"{words}, weights per token, not bounded: the exact gradient of the mean reward"
+        yield Finding(entry, "expectation", claim, difference(per_token, exact), EXACT)
+        return
+    claim = f"{words}, weights per token, not bounded: the gradient of Σ_s d_sampler(s) Σ_a π(a|s) Q_sampler(s, a)"
+    measured = difference(per_token, local_gradient(policy, sampling, centred_R))
+    yield Finding(entry, "gradient", claim, measured, EXACT)
+    yield bias(entry, f"{words}, weights per token, not bounded, against the mean reward", per_token, exact)
+    for correction in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
+        yield bias(entry, f"{words}, {correction} at 1.2", found(correction, correction_max=1.2), exact)
+
+
 @theorem("sampler_correction")
 def sampler_correction(entry: str) -> Iterator[Finding]:
     """Which weights make up for a sampler that is another policy than the learner's model."""
-    for policy, words in ((Tabular(vocabulary=4, seed=1), "one token"), (policies()[0], "1 to 3 tokens")):
-        sampling, rewards_R = moved(policy, OFF), some_rewards(policy)
-        exact = objective_gradient(policy, rewards_R)
-        centred_R = rewards_R - (sampling.log_probs().detach().exp() * rewards_R).sum()
-        one = words == "one token"
-        words = f"{words}, the sampler {nats(sampling, policy):.2f} nats away"
-
-        def found(correction: str, most: float = math.inf, model=policy, apart=sampling, credit_R=centred_R) -> Tensor:  # type: ignore[no-untyped-def]
-            options = {} if correction == "none" else {"correction_max": most}
-            return ascent("reinforce", model, credit_R, sampling=apart, correction=correction, **options)
-
-        yield bias(entry, f"{words}, without correction", found("none"), exact)
-        claim = f"{words}, weights per sequence, not bounded: the exact gradient of the mean reward"
-        yield Finding(entry, "expectation", claim, difference(found("sequence_truncate"), exact), EXACT)
-        if one:
-            claim = f"{words}, weights per token, not bounded: the exact gradient of the mean reward"
-            yield Finding(entry, "expectation", claim, difference(found("token_truncate"), exact), EXACT)
-        else:
-            local = local_gradient(policy, sampling, centred_R)
-            claim = (
-                f"{words}, weights per token, not bounded: the gradient of Σ_s d_sampler(s) Σ_a π(a|s) Q_sampler(s, a)"
-            )
-            yield Finding(entry, "gradient", claim, difference(found("token_truncate"), local), EXACT)
-            claim = f"{words}, weights per token, not bounded, against the mean reward"
-            yield bias(entry, claim, found("token_truncate"), exact)
-            for correction in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
-                yield bias(entry, f"{words}, {correction} at 1.2", found(correction, 1.2), exact)
+    yield from corrected(entry, Tabular(vocabulary=4, seed=1), "one token")
+    policy = policies()[0]
+    yield from corrected(entry, policy, "1 to 3 tokens")
+    sampling, rewards_R = moved(policy, OFF), some_rewards(policy)
+    exact, centred_R = objective_gradient(policy, rewards_R), rewards_R - BASELINE
     old = moved(policy, OFF, seed=4)
     whole = ascent(
         "sequence_surrogate", policy, centred_R, old=old, sampling=sampling,
@@ -289,7 +295,7 @@ def off_policy_mask(entry: str) -> Iterator[Finding]:
     centred_R = rewards_R - (old.log_probs().detach().exp() * rewards_R).sum()
     exact = objective_gradient(policy, rewards_R)
 
-    def found(credit_R: Tensor, **options: float) -> Tensor:
+    def found(credit_R: Tensor, **options: Any) -> Tensor:
         return ascent("sequence_surrogate", policy, credit_R, old=old, sampling=old, clip=math.inf, **options)
 
     measured = difference(found(centred_R, off_policy_threshold=math.inf), exact)
