@@ -268,9 +268,9 @@ def gae(
     tokens' values by default ("equal"). The value where a macro-action is chosen is that of its first token. Rewards
     of a span are added, undiscounted; the code of that paper averages them, which loses part of the KL penalty.
 
-    Known failure: with λ < 1 the advantages are biased by the critic's error; early in training that is all there is. The
-    mean value of a macro-action has seen its tokens, so as a baseline it biases the gradient even where the critic is
-    right; ``"first"`` does not.
+    Known failure: with λ < 1 the advantages are biased by the critic's error; early in training that is all there is.
+    The mean value of a macro-action has seen its tokens, so as a baseline it biases the gradient even where the critic
+    is right; ``"first"`` does not.
 
     Source: Schulman et al., arXiv:1506.02438, equation 16; macro-actions: Chai et al. (MA-RLHF), arXiv:2410.02743.
 
