@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,15 +18,6 @@ ALL = [(t, entry) for t in load_theorems() for entry in t.entries]
 PREFERENCE_FAMILIES = (Pairs, Unpaired, Ranked, Scores, RankedScores, Ratings, StepScores)
 PREFERENCE = [n for n in LOSSES.names() if LOSSES.entry(n).tags["family"] in PREFERENCE_FAMILIES]
 MODULES = (pairs, preferences, ranked, rewards, unpaired)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As ``findings`` does: a second thread makes tensors this small ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("theorem", "entry"), ALL, ids=[f"{t.name}-{entry}" for t, entry in ALL])
