@@ -110,15 +110,26 @@ def sampler_correction(
         correction_max: largest weight.
         correction_min: least weight. None: no bound.
 
+    Returns:
+        The weighted loss, of the loss's own shape and unit. Metrics: the loss's, and ``correction/weight``.
+
     Convention: the ratio of the loss stays π / old, and old / sampling is bounded apart from it, without gradient, as
     in TRL (``vllm_importance_sampling_mode`` with its ``_clip_max`` of 3, ``_clip_min``). A sequence's weight is the
     exponential of the *sum*; ``gspo`` has the mean. A loss with one value per completion takes a sequence's weight
     only. ``vespo`` has options of these names itself: it multiplies its own weight before shaping it. KL and entropy
-    terms are not weighted. Metrics: ``correction/weight``.
+    terms are not weighted.
 
     Known failure: the product over a long completion leaves any range, so the sequence forms drop almost everything.
 
     Source: Yao et al., Your efficient RL framework secretly brings you off-policy RL training, 2025.
+
+    >>> old_BT, mask_BT = torch.tensor([[-1.0, -1.0]]), torch.tensor([[True, True]])
+    >>> batch = PolicyGradient(
+    ...     logps_BT=old_BT, old_logps_BT=old_BT, sampling_logps_BT=torch.tensor([[-1.5, -3.0]]),
+    ...     advantages_BT=torch.tensor([[-1.0, -1.0]]), mask_BT=mask_BT)
+    >>> ones = lambda batch: LossOut(torch.ones(1, 2))
+    >>> sampler_correction(ones, batch, correction="token_truncate").loss  # e^0.5, and e^2 bounded
+    tensor([[1.6487, 3.0000]])
     """
     weight_BT = batch_weights(batch, correction, correction_max, correction_min)
     out = loss(batch)
@@ -144,15 +155,27 @@ def off_policy_mask(loss: PolicyLoss, batch: PolicyGradient, *, off_policy_thres
         batch: its samples, with the log-probabilities that the sampler reported, in nats.
         off_policy_threshold: δ, in nats per token. None: off.
 
+    Returns:
+        The loss, of its own shape and unit, 0 for completions that are dropped. Metrics: the loss's, and
+        ``off_policy/dropped``, (B,).
+
     Convention: measured against what the sampler reported, so a difference between sampler and learner counts as well
     as the updates since; TRL does so too (``off_policy_mask_threshold``), and takes the old log-probabilities where the
     sampler reports none. A is the mean advantage of the completion. Dropped completions still count in the mean. The
-    paper gives no value for δ. Metrics: ``off_policy/dropped``, (B,).
+    paper gives no value for δ.
 
     Known failure: what is dropped are the samples that would push hardest; if the sampler lags, little negative signal
     is left. Watch ``off_policy/dropped``.
 
     Source: DeepSeek-AI, DeepSeek-V3.2, arXiv:2512.02556.
+
+    >>> old_BT, mask_BT = torch.tensor([[-1.0, -1.0]]), torch.tensor([[True, True]])
+    >>> batch = PolicyGradient(
+    ...     logps_BT=old_BT, old_logps_BT=old_BT, sampling_logps_BT=old_BT + 0.5,
+    ...     advantages_BT=torch.tensor([[-1.0, -1.0]]), mask_BT=mask_BT)
+    >>> ones = lambda batch: LossOut(torch.ones(1, 2))
+    >>> [off_policy_mask(ones, batch, off_policy_threshold=d).loss.tolist() for d in (0.4, 0.6)]
+    [[[0.0, 0.0]], [[1.0, 1.0]]]
     """
     if batch.sampling_logps_BT is None:
         raise UsageError(
@@ -200,14 +223,25 @@ def high_entropy(loss: PolicyLoss, batch: PolicyGradient, *, high_entropy: bool 
         batch: its samples, with the policy's entropies, (B, T), and their floor over the optimizer batch, in nats.
         high_entropy: whether.
 
+    Returns:
+        The loss, (B, T), in its own unit, 0 for tokens below the floor. Metrics: the loss's, and ``entropy/kept``,
+        (B, T).
+
     Convention: the floor is a quantile of the entropies of the whole optimizer batch (``entropy_floor``; the paper
     keeps 20 % of the tokens), so it comes in as a field. Tokens below it still count in the mean, as in TRL
-    (``top_entropy_quantile``). KL and entropy terms are not masked. Metrics: ``entropy/kept``, (B, T).
+    (``top_entropy_quantile``). KL and entropy terms are not masked.
 
     Known failure: in long completions most tokens are near certain, and so is the floor if they are many; then a floor
     of almost 0 keeps everything that is not exactly certain.
 
     Source: Wang et al., Beyond the 80/20 Rule, arXiv:2506.01939.
+
+    >>> x_BT, mask_BT = torch.tensor([[-1.0, -1.0]]), torch.tensor([[True, True]])
+    >>> batch = PolicyGradient(
+    ...     logps_BT=x_BT, old_logps_BT=x_BT, advantages_BT=-x_BT, mask_BT=mask_BT,
+    ...     entropy_BT=torch.tensor([[0.1, 2.0]]), entropy_floor=torch.tensor(1.5))
+    >>> high_entropy(lambda batch: LossOut(torch.ones(1, 2)), batch, high_entropy=True).loss
+    tensor([[0., 1.]])
     """
     if batch.entropy_BT is None or batch.entropy_floor is None:
         raise UsageError(

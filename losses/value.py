@@ -27,6 +27,9 @@ def clipped_value(batch: Values, *, clip: float | None = 0.2) -> LossOut:
     Convention: the ½ is inside, as in trlx, verl, OpenRLHF and TRL's PPO; baselines that leave it out have our loss
     twice, so halve their coefficient. The paper has neither ½ nor clipping: ε is OpenAI baselines' practice.
 
+    Known failure: where returns move by more than ε between updates, the clip holds the critic back; ε is in reward
+    units, so it must follow their scale.
+
     Source: Schulman et al., arXiv:1707.06347, section 5; the clipping: Engstrom et al., arXiv:2005.12729, section 3.
 
     >>> batch = Values(

@@ -112,7 +112,7 @@ def test_list_with_a_pattern(command):
     names = lambda *words: [row["name"] for row in json.loads(command("list", *words, "--json")[1])]  # noqa: E731
     assert names("losses", "ipo*") == ["ipo", "ipo_sum"]
     assert names("algorithms", "*po") == names("*po") == list_algorithms("*po")
-    assert names("losses") == LOSSES.names()
+    assert [name for name in names("losses") if name in LOSSES] == LOSSES.names()
     assert names("nothing*") == []
 
 
@@ -137,16 +137,16 @@ def test_an_algorithm_that_has_no_default_does_not_hide_the_others(command, rest
 
 @pytest.mark.parametrize("name", sorted({*list_algorithms(), *LOSSES.names()}))
 def test_every_card_can_be_shown(command, name):
-    code, out, _ = command("show", name)
-    facts = json.loads(command("show", name, "--json")[1])
+    code, out, _ = command("show", name, "--quick")
+    facts = json.loads(command("show", name, "--quick", "--json")[1])
     assert code == 0 and facts["name"] == name and facts["doc"].splitlines()[0] in out
     for option, default in facts["options"].items():
         assert f"{option}={default if isinstance(default, str) else json.dumps(default)}" in " ".join(out.split())
 
 
 def test_card_of_an_algorithm_and_of_its_loss(command):
-    algorithm = json.loads(command("show", "dpo", "--json")[1])
-    loss = json.loads(command("show", "--loss", "dpo", "--json")[1])
+    algorithm = json.loads(command("show", "dpo", "--quick", "--json")[1])
+    loss = json.loads(command("show", "--loss", "dpo", "--quick", "--json")[1])
     assert (algorithm["kind"], loss["kind"]) == ("algorithm", "loss")
     assert algorithm["recommended"] == {"learning_rate": 1e-6} and algorithm["training"]["learning_rate"] == 1e-6
     assert algorithm["losses"] == ["dpo"] and "DatasetRows" in algorithm["composition"]
@@ -154,7 +154,7 @@ def test_card_of_an_algorithm_and_of_its_loss(command):
 
 
 def test_card_by_alias(command):
-    assert json.loads(command("show", "ppo_rlhf", "--json")[1])["name"] == "ppo"
+    assert json.loads(command("show", "ppo_rlhf", "--quick", "--json")[1])["name"] == "ppo"
 
 
 # ---- train
