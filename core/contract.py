@@ -69,18 +69,18 @@ def _as_leaves(record: R, *, everything: bool = False) -> R:
 
 def _total(out: LossOut, record: Record, weight_B: Tensor | None = None) -> Tensor:
     """Sum over masked tokens and (weighted) rows, as the engine does."""
-    loss_B = masked_sum(out.loss, _mask(record)) if out.loss.dim() == 2 else out.loss
+    loss_B = masked_sum(out.loss, _mask(out, record)) if out.loss.dim() == 2 else out.loss
     return (loss_B if weight_B is None else loss_B * weight_B).sum()
 
 
 def _rows_of(out: LossOut, record: Record) -> Tensor:
     """The loss as the engine sees it: (B,), or (B, T) with zeros outside the mask; detached."""
     loss = out.loss.detach()
-    return torch.where(_mask(record), loss, 0.0) if loss.dim() == 2 else loss
+    return torch.where(_mask(out, record), loss, 0.0) if loss.dim() == 2 else loss
 
 
-def _mask(record: Record) -> Tensor:
-    mask_BT = record.loss_mask_BT
+def _mask(out: LossOut, record: Record) -> Tensor:
+    mask_BT = record.loss_mask_BT if out.mask_BT is None else out.mask_BT
     if mask_BT is None:
         raise ContractError(f"{type(record).__name__} has no tokens, so its losses have one value per row.")
     return mask_BT
@@ -154,7 +154,7 @@ def unreduced(loss: Loss) -> None:
     out = loss(record)
     if not isinstance(out, LossOut):
         raise ContractError(f"returned {type(out).__name__}; return LossOut(loss, metrics).")
-    allowed = _allowed_shapes(loss, record)
+    allowed = _allowed_shapes(loss, out, record)
     if tuple(out.loss.shape) not in allowed:
         raise ContractError(
             f"loss has shape {tuple(out.loss.shape)}, expected {' or '.join(map(str, allowed))}. "
@@ -164,9 +164,9 @@ def unreduced(loss: Loss) -> None:
         raise ContractError(f"loss is {out.loss.dtype} for a float64 record: a constant was made as a float32 tensor.")
 
 
-def _allowed_shapes(loss: Loss, record: Record) -> list[tuple[int, ...]]:
+def _allowed_shapes(loss: Loss, out: LossOut, record: Record) -> list[tuple[int, ...]]:
     rows = next(v.shape[:1] for k, v in record.tensors().items() if has_rows(k))
-    mask_BT = record.loss_mask_BT
+    mask_BT = record.loss_mask_BT if out.mask_BT is None else out.mask_BT
     if mask_BT is None:
         return [tuple(rows)]
     token = tuple(mask_BT.shape)
@@ -286,8 +286,11 @@ def padding(loss: Loss) -> None:
         longer = with_fields(
             record, {k: torch.cat([v, torch.zeros_like(v.narrow(at, 0, 2))], at) for k, (v, at) in wide.items()}
         )
-        before, after = _rows_of(loss(record), record), _rows_of(loss(longer), longer)
-        if not _close(before, after[:, : before.shape[1]] if before.dim() == 2 else after):
+        before, after = (
+            out.loss[_mask(out, r)] if out.loss.dim() == 2 else out.loss
+            for out, r in ((loss(record), record), (loss(longer), longer))
+        )
+        if not _close(before, after):
             cure = "mask_BT.sum(-1)" if axis == "T" else "valid_PK.sum(-1)"
             raise ContractError(f"two more columns of padding change the loss: it divides by {axis}. Divide by {cure}.")
 

@@ -352,11 +352,13 @@ class LossOut:
     """What a loss function returns: one value per row (B,) or token (B, T), never reduced, and detached metrics.
 
     The engine weights, masks and divides: ``count`` of the term says by what. Metrics have the leading shape of the
-    loss and are averaged over rows (B,) or masked tokens (B, T) for the log.
+    loss and are averaged over rows (B,) or masked tokens (B, T) for the log. ``mask_BT``: the cells of a token loss,
+    where they are others than the record's (``loss_mask_BT``).
     """
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    mask_BT: Tensor | None = None
 
 
 FAMILIES: tuple[type[Record], ...] = (

@@ -228,3 +228,40 @@ def chosen_nll(batch: Pairs) -> LossOut:
     tensor([[1., -0.]])
     """
     return LossOut(-masked(batch.chosen_logps_BT, batch.chosen_mask_BT))
+
+
+@register_loss(paper="arXiv:2203.02155", reference=False, count="token", extras=("prompt_logps_BT",))
+def prompt_chosen_nll(batch: Pairs) -> LossOut:
+    """Negative log-likelihood of prompts and chosen completions, token by token.
+
+        loss_t = -log π(z_t),   z = (x, y_w) without its first token
+
+    Args:
+        batch: pairs, (B, T) log-probabilities of the chosen side and of the prompt's own tokens (``prompt_logps_BT``
+            and ``prompt_mask_BT``), in nats; the rejected side is not read.
+
+    Returns:
+        One loss per token, the prompt's cells before the chosen side's, (B, T), in nats, with their mask; 0 outside. No
+        metrics.
+
+    Convention: with its count, ``token``, the mean over all these tokens of the optimizer batch: the likelihood term of
+    TRL's ORPO trainer, whose mean is over a micro-batch. ``chosen_nll`` leaves the prompt out, as the ORPO paper does.
+
+    Known failure: the model learns to write prompts, which nobody asked for; where prompts are long, they are most of
+    the loss.
+
+    Source: the supervised step of Ouyang et al., arXiv:2203.02155; the tokens: TRL's ORPOTrainer.
+
+    >>> x_BT, mask_BT = torch.tensor([[-1.0, -2.0]]), torch.tensor([[True, False]])
+    >>> batch = Pairs(
+    ...     chosen_logps_BT=x_BT, rejected_logps_BT=x_BT, chosen_mask_BT=mask_BT, rejected_mask_BT=mask_BT,
+    ...     prompt_logps_BT=x_BT, prompt_mask_BT=~mask_BT)
+    >>> prompt_chosen_nll(batch).loss
+    tensor([[-0., 2., 1., -0.]])
+    """
+    if batch.prompt_logps_BT is None or batch.prompt_mask_BT is None:
+        raise UsageError(
+            "loss 'prompt_chosen_nll' needs Pairs.prompt_logps_BT and prompt_mask_BT; 'chosen_nll' does without."
+        )
+    mask_BT = torch.cat([batch.prompt_mask_BT, batch.chosen_mask_BT], -1)
+    return LossOut(-masked(torch.cat([batch.prompt_logps_BT, batch.chosen_logps_BT], -1), mask_BT), mask_BT=mask_BT)

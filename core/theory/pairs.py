@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,44 @@ def pairs_apart(gap_B: Tensor) -> Pairs:
         chosen_logps_BT=half_BT - 3, rejected_logps_BT=-half_BT - 3, chosen_mask_BT=mask_BT, rejected_mask_BT=mask_BT,
         ref_chosen_logps_BT=0 * half_BT - 3, ref_rejected_logps_BT=0 * half_BT - 3,
     )  # fmt: skip
+
+
+# -- identities -------------------------------------------------------------------------------------------------------
+
+
+def with_prompts(world: World) -> Pairs:
+    """All pairs, the first token of each chosen response read as its prompt."""
+    whole = pairs_of(world.policy, world.reference)
+    fields = {k: v[:, 1:] for k, v in whole.tensors().items() if "chosen" in k.split("_")}
+    fields |= {"prompt_logps_BT": whole.chosen_logps_BT[:, :1], "prompt_mask_BT": whole.chosen_mask_BT[:, :1]}
+    return replace(whole, **fields)
+
+
+@theorem("prompt_chosen_nll")
+def prompts_as_completions(entry: str) -> Iterator[Finding]:
+    """A prompt that is read along counts as the first tokens of the completion."""
+    for world in worlds():
+        split, whole = with_prompts(world), pairs_of(world.policy, world.reference)
+        ours, theirs = (
+            world.policy.gradient(create_loss(name)(batch).loss.sum())
+            for name, batch in ((entry, split), ("chosen_nll", whole))
+        )
+        claim = f"the gradient is chosen_nll's of prompt and completion as one string ({world.name})"
+        yield Finding(entry, "identity", claim, float((ours - theirs).abs().max()), EXACT)
+
+
+@theorem("orpo")
+def likelihood_of_all(entry: str) -> Iterator[Finding]:
+    """With ``likelihood="all"`` the term is a row's mean of prompt_chosen_nll."""
+    for world in worlds():
+        batch = with_prompts(world)
+        once, twice = (create_loss(entry, likelihood="all", nll=nll)(batch).loss for nll in (1.0, 2.0))
+        out = create_loss("prompt_chosen_nll")(batch)
+        mean_B = out.loss.sum(-1) / out.mask_BT.sum(-1)  # type: ignore[union-attr]
+        gap = float((twice - once - mean_B).detach().abs().max())
+        yield Finding(
+            entry, "identity", f"likelihood='all' is the mean of prompt_chosen_nll ({world.name})", gap, EXACT
+        )
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------

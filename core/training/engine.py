@@ -38,7 +38,7 @@ from prefzoo.training.config import TrainConfig
 from prefzoo.training.determinism import rng_state, set_rng_state
 from prefzoo.training.guards import Monitor, Watchdog, gradient_norms, not_finite, words, write_post_mortem
 from prefzoo.training.metrics import Meter, RunLog
-from prefzoo.training.records import build_record, wanted
+from prefzoo.training.records import build_record, cells, wanted
 from prefzoo.training.stopping import Stopping
 
 
@@ -649,7 +649,8 @@ class Engine:
             losses = []
             for term in terms:
                 record = build_record(term.loss.family, part, scores, tree, shared)
-                out, mask_BT = term.loss(record), record.loss_mask_BT
+                out = term.loss(record)
+                mask_BT = record.loss_mask_BT if out.mask_BT is None else out.mask_BT
                 total = term.counted.total(out.loss, mask_BT, getattr(record, "weight_B", None))
                 losses.append((term, total, out.loss.detach()))
                 for metric, values in out.metrics.items():
@@ -671,10 +672,8 @@ class Engine:
 
     def _size(self, term: Term, rows: Samples) -> float:
         """The term's count over the whole optimizer batch, known from masks before any forward."""
-        mask_BT = loss_mask(rows, rows.mask_BT())
-        if rows.kind == "pairs":  # a loss of tokens lives on the chosen side
-            return term.counted.size(len(rows), mask_BT[0::2], rows.pair_columns.get("weight"))
-        return term.counted.size(len(rows), mask_BT, rows.columns.get("weight"))
+        columns = rows.pair_columns if rows.kind == "pairs" else rows.columns
+        return term.counted.size(len(rows), cells(term.loss, rows), columns.get("weight"))
 
     def _step(self, progress: float, number: int, norms: Mapping[str, Tensor]) -> None:
         factor = learning_rate_factor(progress, number, self.config)

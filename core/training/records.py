@@ -27,6 +27,19 @@ def wanted(losses: Iterable[Loss]) -> frozenset[Want]:
     return frozenset(WANTED[e] for loss in losses for e in loss.extras if e in WANTED)
 
 
+def cells(loss: Loss, rows: Samples) -> Tensor:
+    """The cells that a loss of tokens lives on, known before any forward: of pairs the chosen side's, and before them
+    the prompt's where the loss reads it."""
+    mask_BT = loss_mask(rows, rows.mask_BT())
+    if rows.kind != "pairs":
+        return mask_BT
+    if "prompt_logps_BT" not in loss.extras:
+        return mask_BT[0::2]
+    lengths_B = torch.from_numpy(rows.prompts.lengths[rows.prompt_B[0::2]] - 1)
+    prompt_BT = torch.arange(max(int(lengths_B.max()), 0))[None] < lengths_B[:, None]
+    return torch.cat([prompt_BT, mask_BT[0::2]], -1)
+
+
 def build_record(
     family: type[Record], samples: Samples, scores: ModelScores, tree: TreeBatch, shared: Mapping[str, Tensor]
 ) -> Record:

@@ -68,7 +68,7 @@ def test_the_modifiers_of_pairs_are_those_named_here() -> None:
 
 def test_each_modifier_takes_what_it_should() -> None:
     """Whole columns of the table, so that a tag that is set by mistake is seen."""
-    sorts, tokens = {"aot", "aot_unpaired"}, {"chosen_nll"}
+    sorts, tokens = {"aot", "aot_unpaired"}, {"chosen_nll", "prompt_chosen_nll"}
     of_kl, of_steps = {"tdpo1", "tdpo2"}, {"step_dpo"}
     own_nll = {"cpo", "cpo_hinge", "cpo_ipo", "cpo_simpo", "orpo", "rpo_nll", "slic_hf"}
     own_smoothing = {"cdpo", "robust_dpo", "exo_pair", "simpo", "cpo_simpo", "alphapo"}
