@@ -278,6 +278,15 @@ def test_log_exp_is_bradley_terry(seed: int) -> None:
     close(create_loss("log_exp")(plain).loss, expected_B)
 
 
+@pytest.mark.parametrize("name", ["bradley_terry", "davidson", "rao_kupper"])
+def test_metrics_of_scored_pairs(name: str) -> None:
+    chosen_B, rejected_B = torch.tensor([2.0, 0.5, 1.0]), torch.tensor([0.5, 2.0, 1.0])
+    metrics = create_loss(name)(Scores(chosen_B=chosen_B, rejected_B=rejected_B, tie_B=torch.zeros(3).bool())).metrics
+    assert metrics["rewards/accuracies"].tolist() == [1.0, 0.0, 0.0]
+    assert metrics["rewards/margins"].tolist() == [1.5, -1.5, 0.0]
+    assert torch.equal(metrics["rewards/chosen"], chosen_B) and torch.equal(metrics["rewards/rejected"], rejected_B)
+
+
 SHIFTED = [
     ("bradley_terry", {}), ("log_exp", {}), ("davidson", {}), ("rao_kupper", {}),
     ("all_pairs", {}), ("plackett_luce", {}), ("plackett_luce", {"per_choice": True}),
@@ -538,3 +547,8 @@ def test_process_reward_is_least_at_the_log_odds_of_the_label() -> None:
     assert scores_BT.grad is not None
     assert float(scores_BT.grad.abs().max()) < 1e-15
     close(out.metrics["probs"], labels_BT)
+    labels_BT = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    steps = StepScores(
+        scores_BT=torch.tensor([[1.0, 1.0, -1.0, -1.0]]), labels_BT=labels_BT, mask_BT=torch.ones(1, 4).bool()
+    )
+    assert create_loss("process_reward")(steps).metrics["accuracies"].tolist() == [[1.0, 0.0, 0.0, 1.0]]

@@ -119,6 +119,16 @@ def test_other_label_is_mirrored_ratio(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_row_is_right_where_its_reward_is_on_the_labelled_side_of_the_anchor(name: str) -> None:
+    ratio_B, desirable_B = torch.tensor([2.0, -2.0, 2.0, -2.0]), torch.tensor([True, True, False, False])
+    batch = of_ratios(ratio_B, desirable_B, baseline=torch.tensor(0.4), delta=torch.tensor(0.3))
+    metrics = create_loss(name, beta=0.5)(batch).metrics
+    assert metrics["rewards/accuracies"].tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert metrics["rewards"].tolist() == [1.0, -1.0, 1.0, -1.0]
+    assert metrics["logps"].tolist() == [0.0, -4.0, 0.0, -4.0]
+
+
 @pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
 def test_class_weights_scale_their_class_only(name: str) -> None:
     batch = random_record(Unpaired)
