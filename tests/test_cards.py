@@ -19,6 +19,7 @@ from prefzoo.algorithm import ALGORITHMS
 from prefzoo.benchmarks import runner
 from prefzoo.cli import cards, main
 from prefzoo.losses.base import CREDITS, ESTIMATORS, LOSSES, MODIFIERS, LossEntry
+from prefzoo.records import FAMILIES
 from prefzoo.registry import Entry, Registry
 from prefzoo.testing import CHECKS
 from prefzoo.theory import Finding
@@ -339,3 +340,11 @@ def test_ten_lines_show_up_in_list_show_check_train_and_bench(
     monkeypatch.setattr(runner, "run_jobs", jobs_of)
     command("bench", "quick", *mine, "--algorithms", f"dpo,{name}", "--out", tmp_path / "bench")
     assert f"requests/{name}/0" in planned and "requests/dpo/0" in planned
+
+
+def test_the_page_of_the_losses_names_every_entry() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "losses.md").read_text(encoding="utf-8")
+    links = {f"[`{n}`](cards/{kind}/{n}.md)" for kind, registry in cards.AROUND.items() for n in registry.names()}
+    assert sorted(link for link in links if link not in page) == []
+    assert set(re.findall(r"\[`\w+`\]\(cards/\S+?\)", page)) == links
+    assert all(f"`{family.__name__}`" in page for family in FAMILIES)
