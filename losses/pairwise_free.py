@@ -382,8 +382,9 @@ def orpo(
         log-probability as in TRL; and ``log_odds/ratio``, the argument of σ.
 
     Convention: the NLL is a mean over each row's tokens. The paper's and LLaMA-Factory's is over the completion. TRL's
-    is ``all``, as a mean over the tokens of a micro-batch: the two are equal with one pair per micro-batch, else its
-    longer rows weigh more. TRL computes the odds in float32 whatever the model has.
+    is over prompt and completion, and a mean over the tokens of a micro-batch, in which longer rows weigh more: that is
+    ``orpo`` with ``nll=0`` and a second term, ``prompt_chosen_nll``; ``all`` is it with one pair per micro-batch. TRL
+    computes the odds in float32 whatever the model has.
 
     Known failure: odds of a mean probability near 1 are huge and steep, so short, certain completions rule the batch;
     λ = 0.1 makes the comparison a small part of the gradient, and much of the gain is supervised learning.

@@ -102,6 +102,12 @@ def test_orpo(x: Case, case: Case, dtype: torch.dtype) -> None:
     tokens_B = batch.chosen_len_B + (batch.prompt_mask_BT.sum(-1) if everything else 0)
     torch.testing.assert_close(whole.loss, comparison.loss + whole.metrics["nll"])
     nll = Count("weight").mean(whole.loss - comparison.loss, weight_B=tokens_B.to(dtype))
+    term = create_loss("prompt_chosen_nll" if everything else "chosen_nll")(batch)
+    assert_close(
+        Count("token").mean(term.loss, term.mask_BT if everything else batch.chosen_mask_BT),
+        expected["intermediate"]["nll"],
+        case,
+    )
     check_gradient(Count("row").mean(comparison.loss) + nll, leaves, batch, case)
 
 
