@@ -253,5 +253,4 @@ def high_entropy(loss: PolicyLoss, batch: PolicyGradient, *, high_entropy: bool 
     out = loss(batch)
     if out.loss.dim() == 1:
         raise UsageError("high_entropy=True chooses tokens, but this loss has one value per completion.")
-    kept_BT = (keep_BT & batch.mask_BT).to(out.loss.dtype)
-    return LossOut(torch.where(keep_BT, out.loss, 0.0), {**out.metrics, "entropy/kept": kept_BT})
+    return LossOut(torch.where(keep_BT, out.loss, 0.0), {**out.metrics, "entropy/kept": keep_BT.to(out.loss.dtype)})

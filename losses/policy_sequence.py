@@ -8,6 +8,7 @@ clipped tokens ``gmpo``). Notation as in ``prefzoo.losses.policy_gradient``; n i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -206,7 +207,7 @@ def gmpo(batch: PolicyGradient, *, clip: NotNegative = 0.4, clip_high: NotNegati
 TOKEN_LIMIT, LOG_WEIGHT_MIN, LOG_WEIGHT_MAX = 20.0, math.log(1e-8), 20.0  # VESPO's clamps, in nats
 
 
-def _needs_of_vespo(options: dict[str, Any]) -> tuple[str, ...]:
+def _needs_of_vespo(options: Mapping[str, Any]) -> tuple[str, ...]:
     return ("sampling_logps_BT",) if options["correction"] != "none" else ()
 
 

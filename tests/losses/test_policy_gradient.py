@@ -309,6 +309,10 @@ def test_vespo_multiplies_the_correction_into_its_weight() -> None:
         out = create_loss("vespo", correction=correction, correction_max=1e6)(record)
         close(out.loss[record.mask_BT], target.loss[record.mask_BT], 1e-9)
         close(out.metrics["ratio"], target.metrics["ratio"], 1e-9)
+    dropped = given([[9.0, 3.0]], [1.0], sampling_logps_BT=torch.tensor([[-11.0, -9.0]], dtype=torch.float64))
+    found = create_loss("vespo", correction="token_mask")(dropped)  # a dropped token has the least weight, not none
+    assert dropped.old_logps_BT.tolist() == [[-11.0, -5.0]]
+    close(found.metrics["ratio"], torch.tensor([math.exp(12.0) * 1e-8], dtype=torch.float64))
     masked = create_loss("vespo", correction="sequence_mask", correction_max=1e-3)(record)  # all are out of range
     assert float(masked.metrics["phi"][record.mask_BT].max()) < 1e-6
 
