@@ -196,13 +196,13 @@ def hpo(batch: Likelihood, *, beta: Positive = 1.0, cap: Positive = 20.0) -> Los
 
 
 def exponential_weight(values: Tensor, temperature: float, cap: float) -> Tensor:
-    """min(exp(value / temperature), cap), without overflow and without gradient; a missing value (NaN) weighs 0.
+    """min(exp(value / temperature), cap), without gradient; a missing value (NaN) weighs 0.
 
     >>> exponential_weight(torch.tensor([0.0, 900.0, float("nan")]), temperature=1.0, cap=20.0)
     tensor([ 1., 20.,  0.])
     """
     scaled = torch.where(values.isnan(), -math.inf, values.detach()) / temperature
-    return scaled.clamp(max=math.log(cap)).exp().clamp(max=cap)
+    return scaled.exp().clamp(max=cap)  # infinity too becomes the cap
 
 
 def _weighted(batch: Likelihood, weight_BT: Tensor) -> LossOut:
