@@ -374,7 +374,8 @@ def test_a_list_that_compares_nothing_has_no_loss(name: str, options: dict[str, 
     valid_PK = batch.valid_PK.clone()
     valid_PK[2] = torch.arange(4) < count
     field = "logps_PKT" if loss.family is Ranked else "rewards_PK"
-    leaf = getattr(batch, field).clone().requires_grad_()
+    there = valid_PK[..., None] if loss.family is Ranked else valid_PK
+    leaf = torch.where(there, getattr(batch, field), float("nan")).requires_grad_()
     out = loss(dataclasses.replace(batch, valid_PK=valid_PK, **{field: leaf}))
     assert float(out.loss[2].detach()) == 0.0
     assert bool((out.loss.detach()[[0, 1, 3, 4]] > 0).all())
