@@ -271,7 +271,7 @@ def _documentation(entry: Entry) -> dict[str, Any]:
 
 def _is_term_only(name: str) -> bool:
     """A loss that is no algorithm of its own: it trains a critic, or nobody makes its records."""
-    return name not in ALGORITHMS and name in LOSSES and not is_algorithm(LOSSES.entry(name))
+    return name not in ALGORITHMS and name in LOSSES and not is_algorithm(cast(LossEntry, LOSSES.entry(name)))
 
 
 def _print_card(facts: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def random_record(
     >>> random_record(Scores, seed=1, rows=2).chosen_B.shape
     torch.Size([2])
     """
-    made = _random_fields(family, seed, rows, tokens, spread)
+    made = _random_fields(family, seed, rows, tokens, spread)  # type: ignore[arg-type]
     return family(**{name: x.to(dtype, copy=True) if x.is_floating_point() else x.clone() for name, x in made.items()})
 
 
@@ -186,7 +186,7 @@ def likely_record(record: R) -> R:
     return with_fields(record, made)
 
 
-def swapped(record: R) -> R:
+def swapped(record: Record) -> Record:
     """The record with the two sides exchanged: margin negated, probability p become 1 - p, ties as they were."""
     if isinstance(record, Pairs):
         return record.swapped()
