@@ -551,8 +551,8 @@ def low_precision(loss: Loss) -> None:
     same = torch.equal(_rows_of(new_out, record), expected)
     if not same or any(not torch.equal(g, new_gradients[k]) for k, g in gradients.items()):
         raise ContractError(
-            "a number is rounded to float32 though the record is float64: torch.where of two Python numbers, a quotient "
-            "of counts or torch.tensor(0.1). Use prefzoo.losses.numerics.by_case, x.new_tensor, or .to(x.dtype) first."
+            "a number is rounded to float32 though the record is float64: torch.where of two Python numbers, a "
+            "quotient of counts or torch.tensor(0.1). Use numerics.by_case, x.new_tensor, or .to(x.dtype) first."
         )
     for dtype, bound in BOUNDS.items():
         low = with_fields(exact, {k: v.to(dtype) for k, v in real.items()})
