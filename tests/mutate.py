@@ -59,7 +59,7 @@ Found = Iterator[ast.expr]
 
 def flip_sign(node: ast.AST, here: Place) -> Found:
     """-x becomes x, a + b becomes a - b and the other way round; so does "not" of a mask."""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Invert):
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Invert) and here.role != "axis":
         yield node.operand
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub):
         yield ast.BinOp(node.left, ast.Sub() if isinstance(node.op, ast.Add) else ast.Add(), node.right)
@@ -372,6 +372,12 @@ def is_text(parent: ast.AST, child: ast.AST) -> bool:
     return isinstance(parent, ast.JoinedStr)
 
 
+ALONG = (
+    "sum", "mean", "cumsum", "flip", "gather", "logsumexp", "log_softmax", "argsort", "sort", "amax", "any", "all",
+    "unbind", "stack", "masked_sum",
+)  # fmt: skip
+
+
 def role_of(parent: ast.AST, name: str, role: str) -> str:
     """What a number is in this place: an index, something added, a bound, something compared."""
     if isinstance(parent, ast.Subscript):
@@ -386,7 +392,7 @@ def role_of(parent: ast.AST, name: str, role: str) -> str:
         return "bound" if parent.arg in ("min", "max") else ""
     if isinstance(parent, ast.Call) and name == "args":
         called = parent.func.attr if isinstance(parent.func, ast.Attribute) else getattr(parent.func, "id", "")
-        return "index" if called in ("range", "triu") else ""
+        return "index" if called in ("range", "triu") else "axis" if called in ALONG else ""
     return ""
 
 
@@ -524,12 +530,18 @@ def measured(items: list[pytest.Item], sources: list[Source]) -> str:
     for source in sources:
         listen(source, reached)
     found = {}
-    for item, following in zip(items, [*items[1:], None], strict=True):
+    for item, following in followed(items):
         reached.clear()
         start = time.perf_counter()
         passed = passes(item, following)
         found[item.nodeid] = (time.perf_counter() - start, sorted(reached), passed)
     return json.dumps(found)
+
+
+def followed(items: list[pytest.Item]) -> Iterator[tuple[pytest.Item, pytest.Item | None]]:
+    """Each with the next, for which pytest keeps what both need."""
+    following = [*items[1:], None] if items else []
+    return zip(items, following, strict=True)
 
 
 def passes(item: pytest.Item, following: pytest.Item | None) -> bool:
@@ -539,7 +551,7 @@ def passes(item: pytest.Item, following: pytest.Item | None) -> bool:
 def first_failure(source: Source, mutant: Mutant, items: list[pytest.Item], seconds: dict[str, float]) -> str:
     """The test that catches it; "" if none does."""
     break_it(source, mutant)
-    for item, following in zip(items, [*items[1:], None], strict=True):
+    for item, following in followed(items):
         signal.setitimer(signal.ITIMER_REAL, 10 + 30 * seconds[item.nodeid])  # it ends the process
         if not passes(item, following):
             return item.nodeid
@@ -547,7 +559,7 @@ def first_failure(source: Source, mutant: Mutant, items: list[pytest.Item], seco
 
 
 def forks(work: Iterable[Callable[[], str]], jobs: int) -> Iterator[tuple[int, str | None]]:
-    """Do each piece of work in a process of its own, so many at a time: its number and what it said, None if it died.
+    """Do each piece of work in a process of its own, so many at a time: its number, and what it said or None if killed.
 
     This process computes nothing and has one thread: a child is as good as a new process.
     """
@@ -555,10 +567,11 @@ def forks(work: Iterable[Callable[[], str]], jobs: int) -> Iterator[tuple[int, s
     with tempfile.TemporaryDirectory() as folder:
 
         def ended() -> tuple[int, str | None]:
-            pid, _ = os.wait()
+            pid, status = os.wait()
             number = running.pop(pid)
-            file = Path(folder, str(number))
-            return number, file.read_text() if file.exists() else None
+            if os.WIFSIGNALED(status):
+                return number, None
+            return number, Path(folder, str(number)).read_text()
 
         for number, do in enumerate(work):
             if len(running) == jobs:
@@ -569,8 +582,7 @@ def forks(work: Iterable[Callable[[], str]], jobs: int) -> Iterator[tuple[int, s
                 try:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                     said = do()
-                    Path(folder, f"{number}.part").write_text(said)
-                    os.replace(Path(folder, f"{number}.part"), Path(folder, str(number)))
+                    Path(folder, str(number)).write_text(said)
                     code = 0
                 except BaseException:
                     traceback.print_exc()
