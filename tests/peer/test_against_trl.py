@@ -43,6 +43,9 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # TRL's words 
         {"optimizer": "adamw", "learning_rate": 1e-3, "betas": (0.9, 0.999)},
     ),
 }
+# IPO's square, 5 nats away from its target, has gradients of 50: with the rate of the others, SGD makes two of our own
+# runs, which differ by the order of their sums, as different as ours is from TRL's.
+IPO_RATE = {"learning_rate": 2e-3}
 PLAIN: dict[str, Any] = {
     "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": None, "logging_steps": 1,
 }  # fmt: skip
@@ -125,7 +128,9 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_preferences(name: str, optimizer: str, trl: str, tmp_path: Path) -> None:
     trainer, config, algorithm = CASES[name]
-    theirs, ours = OPTIMIZERS[optimizer]
+    theirs, ours = (
+        given | (IPO_RATE if (name, optimizer) == ("ipo", "sgd") else {}) for given in OPTIMIZERS[optimizer]
+    )
     rows = singles() if trainer == "kto" else pairs()
     steps = {"per_device_train_batch_size": ROWS, "max_steps": STEPS, "max_length": 256}
     expected = run_trl(trl, tmp_path, trainer, {**config, **theirs, **steps}, rows=rows)
