@@ -76,8 +76,8 @@ def dpo(batch: Pairs, *, beta: Positive = 0.1) -> LossOut:
         ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies``, ``logps/chosen``, ``logps/rejected``.
 
     Convention: log-ratios are sums over tokens, as in the paper and in TRL (``loss_type="sigmoid"``). ``cdpo`` and
-    ``robust_dpo`` are for noisy labels; ``margin_B`` is not used (that is ``odpo``). The learning rate, TRL's, suits full
-    fine-tuning of models of a billion parameters; tiny models want 1e-4 to 2e-4.
+    ``robust_dpo`` are for noisy labels; ``margin_B`` is not used (that is ``odpo``). The learning rate, TRL's, suits
+    full fine-tuning of models of a billion parameters; tiny models want 1e-4 to 2e-4.
 
     Known failure: only the difference counts, so the log-probabilities of both completions may fall, the chosen one's
     too. On pairs that always agree nothing bounds the difference, and the pull to the reference is lost.
