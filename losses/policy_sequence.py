@@ -105,7 +105,7 @@ def gspo(
     Args:
         batch: sampled completions, (B, T): log-probabilities under the policy and under the one that sampled them, in
             nats, and advantages, in reward units or standardised.
-        clip: ε, how far the ratio may fall; and rise, unless ``clip_high`` says otherwise.
+        clip: ε, how far the ratio may fall. Whoever sets it alone leaves ``clip_high`` where it is.
         clip_high: ε_high, how far the ratio may rise. None: as ``clip``.
         per_token: GSPO-token, s_t = sg(s) π(y_t) / sg(π(y_t)): the same value, but each token's gradient has its own
             advantage. It differs from False only where the advantages of a completion differ.
@@ -221,7 +221,7 @@ def vespo(
     lambda_neg: NotNegative = 2.0,
     correction: Correction = "none",
     correction_max: Positive = 3.0,
-    correction_min: float | None = None,
+    correction_min: NotNegative | None = None,
 ) -> LossOut:
     """VESPO: REINFORCE weighted by a smooth kernel of the whole completion's importance weight.
 
@@ -264,7 +264,7 @@ def vespo(
     log_w_B = log_ratio_BT.detach().clamp(-TOKEN_LIMIT, TOKEN_LIMIT).sum(-1)
     if (correction, correction_max, correction_min) != ("none", 3.0, None):
         weight_BT = batch_weights(batch, correction, correction_max, correction_min)
-        log_weight_BT = masked(weight_BT.log().clamp(min=LOG_WEIGHT_MIN), batch.mask_BT)
+        log_weight_BT = masked(weight_BT.log().clamp(LOG_WEIGHT_MIN, TOKEN_LIMIT), batch.mask_BT)
         whole = correction.startswith("sequence")  # then every token has the weight of all of them
         log_w_B = log_w_B + (masked_mean(log_weight_BT, batch.mask_BT) if whole else log_weight_BT.sum(-1))
     log_w_BT = log_w_B.clamp(LOG_WEIGHT_MIN, LOG_WEIGHT_MAX)[:, None].expand_as(log_ratio_BT)
