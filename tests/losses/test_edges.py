@@ -21,7 +21,7 @@ from prefzoo.losses.advantages import (
     top_against_bottom,
     whiten,
 )
-from prefzoo.losses.base import CREDITS, create_loss
+from prefzoo.losses.base import CREDITS, LOSSES, create_loss, list_losses
 from prefzoo.losses.policy_modifiers import importance_weights
 from prefzoo.losses.unpaired import kto_baseline
 from prefzoo.records import Pairs, PolicyGradient, Scores
@@ -133,6 +133,17 @@ def test_one_token_cannot_take_the_whole_weight_of_vespo() -> None:
     )  # fmt: skip
     out = create_loss("vespo", correction="token_truncate", correction_max=1e30)(batch)
     assert out.metrics["ratio"].log().item() == pytest.approx(20 + math.log(1e-8))
+
+
+@pytest.mark.parametrize("name", [name for name in list_losses() if LOSSES.entry(name).tags["family"].per_token])
+def test_outside_the_mask_a_loss_of_tokens_is_0(name: str) -> None:
+    loss = create_loss(name)
+    batch = random_record(loss.family)
+    out = loss(batch)
+    mask_BT = batch.loss_mask_BT if out.mask_BT is None else out.mask_BT
+    assert mask_BT is not None
+    if out.loss.dim() == 2:
+        assert not out.loss[~mask_BT].any()
 
 
 # -- rewards of other types -------------------------------------------------------------------------------------------
