@@ -30,20 +30,21 @@ def test_operators_on_a_small_source() -> None:
     found = {(m.operator, m.before, m.after) for m in mutants}
     sum_ = "masked(-beta * first_B, batch.mask_BT).sum(-1)"
     assert found == {
-        ("swap_sides", "batch.chosen_B", "batch.rejected_B"),
-        ("off_by_one", "1", "2"),
+        ("swap_sides", "batch.chosen_B[:, 1:]", "batch.rejected_B[:, 1:]"),
+        ("off_by_one", "batch.chosen_B[:, 1:]", "batch.chosen_B[:, 2:]"),
         ("drop_stop_gradient", "batch.chosen_B[:, 1:].detach()", "batch.chosen_B[:, 1:]"),
         ("clip_side", "first_B > 0", "first_B < 0"),
-        ("off_by_one", "0", "1"),
+        ("off_by_one", "first_B > 0", "first_B > 1"),
         ("drop_mask", "masked(-beta * first_B, batch.mask_BT)", "-beta * first_B"),
         ("flip_sign", "-beta", "beta"),
         ("drop_factor", "-beta * first_B", "-beta"),
         ("drop_factor", "-beta * first_B", "first_B"),
         ("sum_for_mean", sum_, "mean_of(masked(-beta * first_B, batch.mask_BT), -1)"),
+        ("off_by_one", f"{sum_}.clamp(min=1)", f"{sum_}.clamp(min=2)"),
         ("clip_side", f"{sum_}.clamp(min=1)", sum_),
         ("clip_side", f"{sum_}.clamp(min=1)", f"{sum_}.clamp(max=1)"),
     }
-    assert {m.before for m in mutants if m.logged} == {"first_B > 0", "0"}  # rate_B is read by nothing but a metric
+    assert {m.before for m in mutants if m.logged} == {"first_B > 0"}  # rate_B is read by nothing but a metric
     assert {m.operator for m in mutants} == set(mutate.OPERATORS)
 
 
@@ -54,7 +55,7 @@ def test_a_fault_is_in_the_code_and_leaves_the_source_as_it_was() -> None:
         scope: dict[str, object] = {}
         function = type(mutate.mean_of)(source.code("half", mutant), scope)
         values[mutant.after] = function(8)
-    assert values == {"x / 2 - 1": 3, "x": 9, "2": 6, "0": 4}
+    assert values == {"x / 2 - 1": 3, "x": 9, "x / 2 + 2": 6, "x / 2 + 0": 4}
     assert type(mutate.mean_of)(source.code("half"), {})(8) == 5
 
 
@@ -62,7 +63,7 @@ def test_names_are_unique_and_what_is_excused_has_a_reason() -> None:
     mutants = [m for source in mutate.all_sources() for m in source.mutants()]
     assert len({m.name for m in mutants}) == len(mutants) > 1000
     mutate.check_equivalents(mutants)
-    assert all(why for _, _, why in mutate.EQUIVALENT.values())
+    assert all(mutate.EQUIVALENT.values())
     assert len(mutate.EQUIVALENT) < 0.1 * len(mutants)
 
 
@@ -76,10 +77,10 @@ ONE_OF_EACH = [
     "unpaired:bco:flip_sign:1",
     "unpaired:bco:drop_factor:2",  # beta
     "unpaired:regret:swap_sides:1",
-    "unpaired:kto_baseline:sum_for_mean:1",
+    "unpaired:class_midpoint:sum_for_mean:1",
     "unpaired:labelled:drop_mask:1",
     "unpaired:kto:drop_stop_gradient:1",
-    "unpaired:kto_baseline:clip_side:1",
+    "unpaired:density_ratio_weights:clip_side:1",
     "unpaired:density_ratio_weights:off_by_one:1",
 ]
 UNSEEN = "pairwise:ipo:flip_sign:1"
