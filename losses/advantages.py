@@ -542,7 +542,7 @@ def reinforce_pp_baseline(
     mask_BT: Tensor,
     *,
     gamma: Share = 1.0,
-    kl: NotNegative = 0.01,
+    kl: NotNegative = 0.0,
     estimator: ValueEstimatorName = "k1",
     unbiased: bool = True,
     eps: NotNegative = 1e-8,
@@ -557,7 +557,7 @@ def reinforce_pp_baseline(
         logps_BT: log-probabilities of the policy that sampled the completions, in nats. ref_logps_BT: the reference's.
         mask_BT: the tokens that the policy chose.
         gamma: discount per token.
-        kl: coefficient of the penalty, in reward units per nat.
+        kl: coefficient of the penalty in the reward, in reward units per nat; the paper has a term of the loss instead.
         estimator: of the KL, as in ``shaped_rewards``.
         unbiased: variance with n - 1; False: with n (OpenRLHF).
         eps: added to the variance.

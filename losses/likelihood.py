@@ -70,7 +70,7 @@ def dft(batch: Likelihood) -> LossOut:
     return LossOut(-weight_BT * masked(batch.logps_BT, batch.mask_BT), {"weight": weight_BT})
 
 
-@register_loss(paper="arXiv:1910.00177", extras=("scores_B",))
+@register_loss(paper="arXiv:1910.00177", aliases=("rwr",), extras=("scores_B",))
 def weighted_sft(batch: Likelihood, *, temperature: Positive = 1.0, cap: Positive = 20.0) -> LossOut:
     """Reward-weighted regression: the likelihood of completions weighted by the exponential of their score.
 
