@@ -167,6 +167,13 @@ def test_a_loss_that_couples_rows_is_not_split_in_silence(name: str, start: Star
         start.fit(name, tokens_per_batch=64)
 
 
+def test_weights_of_rows_are_refused_where_no_loss_belongs_to_a_row(start: Start) -> None:
+    heavy = [{**row, "weight": 1.0 + i} for i, row in enumerate(PAIRS)]
+    start.fit("aot", dataset=heavy)
+    with pytest.raises(prefzoo.UsageError, match="'aot_unpaired' takes no weights"):
+        start.fit("aot_unpaired", dataset=heavy)
+
+
 def test_the_kl_of_tdpo_is_to_the_given_reference(start: Start, engines: list[Engine]) -> None:
     """Its pairs' exact KL of all tokens, before the first step, against two plain forward passes."""
     logged = []
