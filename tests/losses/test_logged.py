@@ -1,8 +1,9 @@
-"""What preference losses log: rewards, log-probabilities and likelihoods of the right side, in the right unit."""
+"""What losses log: rewards, log-probabilities and likelihoods of the right side, in the right unit, inside the mask."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from prefzoo.losses.base import LOSSES, create_loss
 from prefzoo.records import Pairs, Unpaired, masked_sum
 from prefzoo.testing import random_record
+from prefzoo.trial import inside, with_fields
 
 TAGS = {name: LOSSES.entry(name).tags for name in LOSSES.names()}
 OF_PAIRS = [name for name, tags in TAGS.items() if tags["family"] is Pairs and tags["count"] == "row"]
@@ -77,3 +79,20 @@ def test_logps_of_single_completions_are_sums_over_their_mask(name: str) -> None
     )
     close(moved["logps"] - found["logps"], masked_sum(step_BT, batch.mask_BT))
     assert bool((moved["rewards"] > found["rewards"]).all())
+
+
+@pytest.mark.parametrize("poison", [1e9, -1e9, math.inf, math.nan])
+@pytest.mark.parametrize("name", [n for n, t in TAGS.items() if t["family"].per_token or t["count"] == "token"])
+def test_outside_the_mask_a_loss_is_0_and_its_metrics_as_ever(name: str, poison: float) -> None:
+    """Whatever stands there: a mean that forgets the mask is wrong by a factor, and not NaN."""
+    loss = create_loss(name)
+    batch = random_record(loss.family, 7)
+    there = {k: cells for k in batch.tensors() if (cells := inside(batch, k)) is not None}
+    real = {k: cells for k, cells in there.items() if batch.tensors()[k].is_floating_point()}
+    poisoned = {k: torch.where(cells, batch.tensors()[k], poison) for k, cells in real.items()}
+    out, expected = loss(with_fields(batch, poisoned)), loss(batch)
+    mask_BT = batch.loss_mask_BT if out.mask_BT is None else out.mask_BT
+    assert mask_BT is not None
+    close(out.loss, torch.where(mask_BT, expected.loss, 0.0) if out.loss.dim() == 2 else expected.loss)
+    for key, value in out.metrics.items():
+        close(value, expected.metrics[key])
