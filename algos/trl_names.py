@@ -146,7 +146,7 @@ ABSENT: dict[str, tuple[str, str]] = {
         _TEACHER,
     ),
     **dict.fromkeys(("prm", "PRMTrainer"), ("the data has no labelled steps", "trl:reward")),
-    **dict.fromkeys(("ppo", "PPOTrainer"), ("until 1.10 it moved policy and critic by one optimizer, with vf_coef", "ppo")),
+    **dict.fromkeys(("ppo", "PPOTrainer"), ("until 1.10 it moved policy and critic by one optimizer", "ppo")),
     **dict.fromkeys(("a2po", "A2POTrainer"), ("no values are estimated from the reference before the run", "trl:grpo")),
     **dict.fromkeys(("async_grpo", "AsyncGRPOTrainer"), ("sampling does not run beside the training", "trl:grpo")),
 }  # fmt: skip

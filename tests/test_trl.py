@@ -121,6 +121,8 @@ def test_every_loss_type_of_trls_has_an_entry() -> None:
         for name, ours in names.items():
             row = f"| `{name}` | `{ours}` |"
             assert ours in LOSSES and row in PAGE, (trainer, row)
+    for name, made in SPELLINGS.items():
+        assert made.why.replace("``", "`") in PAGE, name
 
 
 @pytest.mark.parametrize("name", ABSENT)
@@ -463,7 +465,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "a loss of another name": ("trl:hinge", {"loss_type": "ipo"}, "trl:hinge is loss_type 'hinge'", "take trl:dpo"),
     "an option of another name": ("trl:hinge", {"discopop_tau": 0.1}, "no part of trl:hinge reads it", "leave it out"),
     "weights": ("dpo", {"loss_weights": [1, 2]}, "one of loss_weights each", "[1, 2]"),
-    "smoothing": ("dpo", {"label_smoothing": 0.1}, "label_smoothing=0.1 has no effect on sigmoid, it belongs to exo_pair",
+    "smoothing": ("dpo", {"label_smoothing": 0.1}, "label_smoothing=0.1 has no effect on sigmoid, it belongs to",
                   "'cdpo'"),
     "no smoothing": ("dpo", {"loss_type": "exo_pair"}, "'exo_pair' needs label_smoothing above 0", "1e-3"),
     "half of the labels": ("trl:robust", {"label_smoothing": 0.5}, "'robust' needs label_smoothing below 0.5", "0.5"),
