@@ -298,8 +298,8 @@ def check_weights(stage: Stage, samples: Samples) -> None:
     for loss in (t.loss for t in stage.terms if t.rows == "main"):
         if "weight" in {**samples.columns, **samples.pair_columns} and not loss.by_row:
             raise UsageError(
-                f"loss {loss.name!r} takes no weights: its values belong to ranks, not to rows. Take the column 'weight' "
-                "out, or choose another loss."
+                f"loss {loss.name!r} takes no weights: its values belong to ranks, not to rows. Take the column "
+                "'weight' out, or choose another loss."
             )
 
 
