@@ -48,8 +48,63 @@ NOT_MATHEMATICS = ("__init__", "base", "catalogue")  # the registries
 FILES = [file for file in sorted((ROOT / "losses").glob("*.py")) if file.stem not in NOT_MATHEMATICS]
 SHARE = 0.95
 
-# Mutants that compute the same, and why: file:function:operator: what stands there instead.
-EQUIVALENT: dict[str, str] = {}
+# Mutants that compute the same, and why.
+EQUIVALENT: dict[str, str] = {
+    (
+        "advantages:_centred:off_by_one: total_B > 0 → total_B > 1"
+    ): "weights are counts: where their sum is 1 the divisor is 1",
+    (
+        "advantages:group_relative:clip_side: (size_B - int(sample)).clamp(min=1) → size_B - int(sample)"
+    ): "0 / 0 only where the difference is 0, for which _over has 0",
+    (
+        "advantages:_std:clip_side: size.clamp(min=1) → size"
+    ): "0 / 0 where no number is known: every numerator of _over is then 0",
+    (
+        "advantages:_std:off_by_one: size.clamp(min=1) → size.clamp(min=2)"
+    ): "of one number: every numerator of _over is then 0",
+    (
+        "advantages:_std:clip_side: (size - int(sample)).clamp(min=1) → size - int(sample)"
+    ): "of one number or none: every numerator of _over is then 0",
+    "advantages:gdpo:drop_stop_gradient: @torch.no_grad() → ": "group_relative, of which it is a sum, has no gradient",
+    (
+        "advantages:gae:clip_side: size_BS.gather(1, index_BT).clamp(min=1) → size_BS.gather(1, index_BT)"
+    ): "0 / 0 in rows without tokens, which the mask clears",
+    "advantages:whiten:clip_side: size.clamp(min=1) → size": "0 / 0 of no tokens, which the mask clears",
+    "advantages:best_of_k:drop_stop_gradient: @torch.no_grad() → ": "indices have no gradient",
+    "advantages:top_against_bottom:drop_stop_gradient: @torch.no_grad() → ": "indices have no gradient",
+    "advantages:returns_to_go:drop_stop_gradient: @torch.no_grad() → ": "gae has no gradient",
+    (
+        "advantages:returns_to_go:off_by_one: gae(rewards_BT, torch.zeros_like(rewards_BT), mask_BT, "
+        "gamma=gamma, lam=1.0)[0] → gae(rewards_BT, torch.zeros_like(rewards_BT), mask_BT, gamma=gamma, "
+        "lam=1.0)[1]"
+    ): "where values are 0 the advantage is the return",
+    "advantages:reinforce_pp:drop_stop_gradient: @torch.no_grad() → ": "whiten has no gradient",
+    "advantages:reinforce_pp_baseline:drop_stop_gradient: @torch.no_grad() → ": "reinforce_pp has no gradient",
+    (
+        "kl:_straight_through:drop_stop_gradient: (logps - ref_logps).detach() → logps - ref_logps"
+    ): "its gradient is multiplied by an exact 0",
+    (
+        "likelihood:dft:clip_side: safe_exp(masked(batch.logps_BT, batch.mask_BT).detach()) → "
+        "masked(batch.logps_BT, batch.mask_BT).detach().exp()"
+    ): "the log of a probability is at most 0",
+    "likelihood:exponential_weight:drop_stop_gradient: values.detach() → values": "whoever calls it has detached them",
+    (
+        "likelihood:_scores:drop_stop_gradient: batch.scores_B.detach() → batch.scores_B"
+    ): "exponential_weight detaches; a comparison has no gradient",
+    (
+        "likelihood:_advantages:drop_stop_gradient: batch.advantages_BT.detach() → batch.advantages_BT"
+    ): "exponential_weight detaches",
+    (
+        "modifiers:pair_weight:swap_sides: torch.zeros_like(batch.chosen_B) → torch.zeros_like(batch.rejected_B)"
+    ): "both sides have the same shape",
+    (
+        "modifiers:pair_weight:clip_side: safe_exp(log_weight_B) → log_weight_B.exp()"
+    ): "p / Σ p² is at most the size of the vocabulary",
+    (
+        "modifiers:length_desensitised:drop_mask: masked(logps_BT, mask_BT) → logps_BT"
+    ): "the sums of the record mask again",
+    "offline:ilql_v:drop_stop_gradient: error_BT.detach() < 0 → error_BT < 0": "a comparison has no gradient",
+}
 
 
 # ------------------------------------------------------------------------------------------------------ the operators
@@ -245,7 +300,7 @@ class Mutant:
     @property
     def key(self) -> str:
         """What it is, whatever else is in the function."""
-        return f"{self.place}:{self.operator}: {self.after}"
+        return f"{self.place}:{self.operator}: {self.before} → {self.after}"
 
     @property
     def operator(self) -> str:
@@ -286,8 +341,9 @@ class Hole:
     def shown(self, node: ast.expr) -> str:
         """The expression; a name or a number with what stands around it."""
         with self.filled(node):
-            short = isinstance(self.node, ast.Name | ast.Constant | ast.Attribute) and self.around is not None
-            return ast.unparse(self.around if short else node)
+            short = isinstance(self.node, ast.Name | ast.Constant | ast.Attribute)
+            short |= isinstance(self.around, ast.Compare)
+            return ast.unparse(self.around if short and self.around is not None else node)
 
 
 NO_GRAD = "@torch.no_grad()"
