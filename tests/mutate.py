@@ -104,6 +104,24 @@ EQUIVALENT: dict[str, str] = {
         "modifiers:length_desensitised:drop_mask: masked(logps_BT, mask_BT) → logps_BT"
     ): "the sums of the record mask again",
     "offline:ilql_v:drop_stop_gradient: error_BT.detach() < 0 → error_BT < 0": "a comparison has no gradient",
+    (
+        "policy_gradient:cispo:clip_side: safe_exp(log_ratio_BT.detach()) → log_ratio_BT.detach().exp()"
+    ): "the clip bounds it",
+    (
+        "policy_modifiers:_above_sampler:drop_stop_gradient: (logps_BT - sampling_logps_BT).detach() → "
+        "logps_BT - sampling_logps_BT"
+    ): "read under no_grad, and by a comparison",
+    "policy_modifiers:importance_weights:drop_stop_gradient: @torch.no_grad() → ": "_above_sampler detaches",
+    (
+        "policy_modifiers:importance_weights:clip_side: safe_exp(log_weight_BT) → log_weight_BT.exp()"
+    ): "the bound on the weight bounds it",
+    (
+        "policy_modifiers:off_policy_mask:sum_for_mean: masked_sum(batch.advantages_BT.detach(), "
+        "batch.mask_BT) → masked_mean(batch.advantages_BT.detach(), batch.mask_BT)"
+    ): "of a sum and of a mean the sign is the same",
+    (
+        "policy_modifiers:off_policy_mask:drop_stop_gradient: batch.advantages_BT.detach() → batch.advantages_BT"
+    ): "a comparison has no gradient",
 }
 
 
@@ -219,7 +237,9 @@ def clip_side(node: ast.AST, here: Place) -> Found:
     called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
     if called in EXTREMES:
         new, old = EXTREMES[called], node.func
-        function = ast.Attribute(old.value, new, ast.Load()) if isinstance(old, ast.Attribute) else ast.Name(new)
+        function = (
+            ast.Attribute(old.value, new, ast.Load()) if isinstance(old, ast.Attribute) else ast.Name(new, ast.Load())
+        )
         yield ast.Call(function, node.args, node.keywords)
     elif called == "clamp":
         if len(node.args) == 2:

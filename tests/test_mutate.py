@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -57,6 +58,14 @@ def test_a_fault_is_in_the_code_and_leaves_the_source_as_it_was() -> None:
         values[mutant.after] = function(8)
     assert values == {"x / 2 - 1": 3, "x": 9, "x / 2 + 2": 6, "x / 2 + 0": 4}
     assert type(mutate.mean_of)(source.code("half"), {})(8) == 5
+
+
+def test_every_mutant_is_an_expression_that_compiles() -> None:
+    for source in mutate.all_sources():
+        for mutant in source.mutants():
+            if mutant.node is not None and mutant.hole is not None:
+                whole = ast.Expression(ast.copy_location(mutant.node, mutant.hole.node))
+                compile(ast.fix_missing_locations(whole), mutant.name, "eval")
 
 
 def test_names_are_unique_and_what_is_excused_has_a_reason() -> None:
