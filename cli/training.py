@@ -13,7 +13,7 @@ import yaml
 
 from prefzoo.algorithm import algorithm_entry
 from prefzoo.algos.trl import read_trl_config
-from prefzoo.algos.trl_fields import FIELDS
+from prefzoo.algos.trl.fields import FIELDS
 from prefzoo.plugins import import_file, import_function, names_function
 from prefzoo.processes import Processes
 from prefzoo.registry import UsageError, suggest

@@ -17,8 +17,8 @@ import yaml
 import prefzoo
 from prefzoo.algorithm import ALGORITHMS, Term, create_algorithm, list_algorithms
 from prefzoo.algos.trl import ABSENT, generation_schedule, read_trl_config, translate
-from prefzoo.algos.trl_fields import FIELDS, NO_LIMIT, OLDER, TABLES, TRAINERS, trainer_of
-from prefzoo.algos.trl_names import LOSS_TYPES, READ_BY, SPELLINGS
+from prefzoo.algos.trl.fields import FIELDS, NO_LIMIT, OLDER, TABLES, TRAINERS, trainer_of
+from prefzoo.algos.trl.names import LOSS_TYPES, READ_BY, SPELLINGS
 from prefzoo.losses import LOSSES
 from prefzoo.parts.count import Count
 from prefzoo.parts.credit import GroupRelative, LeaveOneOut

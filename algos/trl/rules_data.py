@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prefzoo.algos.trl_rules import Refusal, Rule, Translated, flag, listed, mapping, positive, real, show, text
-from prefzoo.algos.trl_rules_run import evaluates
+from prefzoo.algos.trl.rules import Refusal, Rule, Translated, flag, listed, mapping, positive, real, show, text
+from prefzoo.algos.trl.rules_run import evaluates
 from prefzoo.registry import suggest
 
 # ---- the model

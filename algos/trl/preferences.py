@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from prefzoo.algorithm import Algorithm, Term, register_algorithm
-from prefzoo.algos.trl_fields import spelling
-from prefzoo.algos.trl_parts import OF_PAIRS, OF_ROWS, all_of, check_read, our_losses, reference
+from prefzoo.algos.trl.fields import spelling
+from prefzoo.algos.trl.parts import OF_PAIRS, OF_ROWS, all_of, check_read, our_losses, reference
 from prefzoo.losses import create_loss
 from prefzoo.parts.prelude import ClassMidpoint, RotatedBaseline
 from prefzoo.parts.source import DatasetRows

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from prefzoo.algorithm import Algorithm, Schedule, Term, register_algorithm
-from prefzoo.algos.trl_fields import spelling
-from prefzoo.algos.trl_parts import TRAINING, all_of, check_read, our_losses, reference
-from prefzoo.algos.trl_rules import NO_LIMIT
+from prefzoo.algos.trl.fields import spelling
+from prefzoo.algos.trl.parts import TRAINING, all_of, check_read, our_losses, reference
+from prefzoo.algos.trl.rules import NO_LIMIT
 from prefzoo.losses import create_loss
 from prefzoo.losses.advantages import Scale
 from prefzoo.parts.count import Count

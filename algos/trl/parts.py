@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from prefzoo.algos.trl_names import LOSS_TYPES, READ_BY
+from prefzoo.algos.trl.names import LOSS_TYPES, READ_BY
 from prefzoo.parts.reference import Moving, Start
 from prefzoo.registry import UsageError, suggest
 

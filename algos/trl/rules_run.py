@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefzoo.algos.trl_rules import NO_LIMIT, Refusal, Translated, flag, listed, mapping, positive, real, text, whole
+from prefzoo.algos.trl.rules import NO_LIMIT, Refusal, Translated, flag, listed, mapping, positive, real, text, whole
 from prefzoo.registry import suggest
 
 
