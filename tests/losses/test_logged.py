@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefzoo.losses.base import LOSSES, create_loss
+from prefzoo.contract import modes
+from prefzoo.losses.base import LOSSES, Loss, create_loss
 from prefzoo.records import Pairs, Unpaired, masked_sum
 from prefzoo.testing import random_record
-from prefzoo.trial import inside, with_fields
+from prefzoo.trial import extreme_record, inside, parts, with_fields
 
 TAGS = {name: LOSSES.entry(name).tags for name in LOSSES.names()}
 OF_PAIRS = [name for name, tags in TAGS.items() if tags["family"] is Pairs and tags["count"] == "row"]
@@ -81,18 +82,48 @@ def test_logps_of_single_completions_are_sums_over_their_mask(name: str) -> None
     assert bool((moved["rewards"] > found["rewards"]).all())
 
 
+def modes_of(name: str) -> list[Loss]:
+    """The loss, and with every other value of those of its options that are names or switches."""
+    loss = create_loss(name)
+    switches = [k for k, v in loss.entry.own_options.items() if isinstance(v, bool | str)]
+    return [loss, *(mode for option in switches for mode in modes(loss, option))]
+
+
 @pytest.mark.parametrize("poison", [1e9, -1e9, math.inf, math.nan])
 @pytest.mark.parametrize("name", [n for n, t in TAGS.items() if t["family"].per_token or t["count"] == "token"])
 def test_outside_the_mask_a_loss_is_0_and_its_metrics_as_ever(name: str, poison: float) -> None:
     """Whatever stands there: a mean that forgets the mask is wrong by a factor, and not NaN."""
+    for loss in modes_of(name):
+        batch = random_record(loss.family, 7)
+        there = {k: cells for k in batch.tensors() if (cells := inside(batch, k)) is not None}
+        real = {k: cells for k, cells in there.items() if batch.tensors()[k].is_floating_point()}
+        poisoned = {k: torch.where(cells, batch.tensors()[k], poison) for k, cells in real.items()}
+        out, expected = loss(with_fields(batch, poisoned)), loss(batch)
+        mask_BT = batch.loss_mask_BT if out.mask_BT is None else out.mask_BT
+        assert mask_BT is not None
+        close(out.loss, torch.where(mask_BT, expected.loss, 0.0) if out.loss.dim() == 2 else expected.loss)
+        for key, value in out.metrics.items():
+            close(value, expected.metrics[key])
+
+
+@pytest.mark.parametrize("name", TAGS)
+def test_padding_is_not_logged(name: str) -> None:
+    """Two more columns of tokens, or two more places for completions that are not there, change no mean."""
     loss = create_loss(name)
-    batch = random_record(loss.family, 7)
-    there = {k: cells for k in batch.tensors() if (cells := inside(batch, k)) is not None}
-    real = {k: cells for k, cells in there.items() if batch.tensors()[k].is_floating_point()}
-    poisoned = {k: torch.where(cells, batch.tensors()[k], poison) for k, cells in real.items()}
-    out, expected = loss(with_fields(batch, poisoned)), loss(batch)
-    mask_BT = batch.loss_mask_BT if out.mask_BT is None else out.mask_BT
-    assert mask_BT is not None
-    close(out.loss, torch.where(mask_BT, expected.loss, 0.0) if out.loss.dim() == 2 else expected.loss)
-    for key, value in out.metrics.items():
-        close(value, expected.metrics[key])
+    batch = random_record(loss.family, 8)
+    wide = {}
+    for field, value in batch.tensors().items():
+        for axis in [i for i, letter in enumerate(parts(field)[1]) if letter in "TK"]:
+            value = torch.cat([value, torch.zeros_like(value.narrow(axis, 0, 2))], axis)
+        wide[field] = value
+    found, expected = loss(with_fields(batch, wide)).metrics, loss(batch).metrics
+    for key, value in expected.items():
+        close(found[key][..., : value.shape[-1]] if value.dim() == 2 else found[key], value)
+
+
+@pytest.mark.parametrize("name", TAGS)
+def test_what_is_logged_is_finite_at_extremes(name: str) -> None:
+    for loss in modes_of(name):
+        for seed in range(3):
+            batch = extreme_record(random_record(loss.family, seed, rows=32, tokens=4, dtype=torch.float32), seed)
+            assert [key for key, value in loss(batch).metrics.items() if not bool(value.isfinite().all())] == []

@@ -301,6 +301,27 @@ def test_vespo_bounds_its_weight_and_the_tokens_in_it() -> None:
     close(create_loss("vespo")(record).metrics["ratio"], expected_B)
 
 
+def test_vespo_is_finite_with_a_kernel_that_nothing_bends_down() -> None:
+    """λ = 0: the weight is W^k, which no number holds at the largest W."""
+    made = given([[15.0, 15.0]], [1.0]).tensors()
+    record = PolicyGradient(**{k: v.float() if v.is_floating_point() else v for k, v in made.items()})
+    loss_BT = create_loss("vespo", k_pos=30.0, lambda_pos=0.0)(record).loss
+    assert bool(loss_BT.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_a_loss_of_completions_logs_is_the_mean_over_their_tokens(name: str) -> None:
+    """In nats per token, and as a share of the tokens."""
+    record = random_record(PolicyGradient, 3, 12, 7)
+    token_BT = create_loss("clipped_surrogate")(record).metrics["approx_kl"]
+    close(create_loss(name)(record).metrics["approx_kl"], masked_mean(token_BT, record.mask_BT))
+    higher = dataclasses.replace(
+        record, old_logps_BT=record.logps_BT - 0.5, advantages_BT=torch.ones_like(record.advantages_BT)
+    )
+    assert create_loss(name, clip=0.1)(higher).metrics["clip_ratio"].tolist() == [1.0] * 12
+    assert create_loss(name, clip=1e9)(higher).metrics["clip_ratio"].tolist() == [0.0] * 12
+
+
 def test_vespo_multiplies_the_correction_into_its_weight() -> None:
     """With the correction unbounded its weight is π / sampling, whichever way the correction is counted."""
     record = made(rows=8)
@@ -505,6 +526,14 @@ def test_the_entropy_floor_is_the_quantile_of_the_masked_entropies(quantile: flo
     close(floor, torch.quantile(entropy_BT[record.mask_BT].detach(), 1 - quantile))
     share = float((entropy_BT[record.mask_BT] >= floor).double().mean())
     assert abs(share - quantile) <= 1 / int(record.mask_BT.sum())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("quantile", [0.01, 0.5, 1.0])
+def test_the_entropy_floor_of_a_few_tokens(count: int, quantile: float) -> None:
+    entropy_BT = torch.tensor([[2.0, 0.5, 3.0]], dtype=torch.float64)[:, :count]
+    floor = entropy_floor(entropy_BT, entropy_BT > 0, quantile)
+    close(floor, torch.quantile(entropy_BT, 1 - quantile))
 
 
 def test_the_entropy_floor_of_nothing_is_zero_and_a_share_of_nothing_refused() -> None:

@@ -427,6 +427,15 @@ def test_exo_is_0_where_the_policy_has_the_preferred_distribution(seed: int) -> 
     assert bool((loss(batch).loss > 0).all())
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_exo_without_scores_is_0_where_the_rest_share_the_smoothing(count: int) -> None:
+    """The best has all but ε, and ε is divided among the others; places where nobody is have nothing of it."""
+    shares = torch.tensor([0.7] + [0.3 / (count - 1)] * (count - 1) + [1.0] * 2, dtype=torch.float64)
+    there_PK = (torch.arange(count + 2) < count)[None]
+    at = dataclasses.replace(of_rewards(shares.log()[None]), valid_PK=there_PK)
+    close(create_loss("exo", beta=1.0, label_smoothing=0.3)(at).loss, torch.zeros(1, dtype=torch.float64))
+
+
 def test_exo_refuses_what_has_no_effect_or_no_value() -> None:
     batch = random_record(Ranked)
     for smoothing in (0.0, 1.0):
@@ -466,6 +475,15 @@ def test_lambda_weights_start_in_the_order_of_the_list_and_skip_equal_scores() -
     assert float(weight_KK[1, 2]) == 0 and bool((weight_KK[3] == 0).all()) and bool((weight_KK[:, 3] == 0).all())
     assert float(weight_KK[0, 1]) == pytest.approx((2 - 2**0.5) * (1 / math.log(2) - 1 / math.log(3)))
     assert float(weight_KK[0, 2]) == pytest.approx((2 - 2**0.5) * (1 / math.log(2) - 1 / math.log(4)))
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 57.0), (torch.float64, 504.0)])
+def test_scores_are_told_apart_up_to_where_their_gains_would_overflow(dtype: torch.dtype, largest: float) -> None:
+    """The card says where."""
+    x_PK, there_PK = torch.tensor([[0.0, 1.0]], dtype=dtype), torch.ones(1, 2) > 0
+    for scores, told in (((largest, largest - 3), True), ((largest + 3, largest + 2), False)):
+        weight_PKK = lambda_weights(torch.tensor([scores], dtype=dtype), x_PK, there_PK)
+        assert bool(weight_PKK.isfinite().all()) and bool(weight_PKK.any()) is told
 
 
 def test_lambda_weights_carry_no_gradient() -> None:
