@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from prefzoo.contract import modes
 from prefzoo.losses.base import LOSSES, Loss, create_loss
-from prefzoo.records import Pairs, Unpaired, masked_sum
+from prefzoo.records import Pairs, Ranked, RankedScores, Unpaired, masked_sum
 from prefzoo.testing import random_record
 from prefzoo.trial import extreme_record, inside, parts, with_fields
 
@@ -80,6 +81,34 @@ def test_logps_of_single_completions_are_sums_over_their_mask(name: str) -> None
     )
     close(moved["logps"] - found["logps"], masked_sum(step_BT, batch.mask_BT))
     assert bool((moved["rewards"] > found["rewards"]).all())
+
+
+@pytest.mark.parametrize("name", [name for name, tags in TAGS.items() if tags["family"] in (Ranked, RankedScores)])
+def test_of_a_ranking_the_first_is_compared_with_the_mean_of_the_rest(name: str) -> None:
+    loss = create_loss(name)
+    batch = random_record(loss.family, 9, rows=12)
+    at = "logps_PKT" if loss.family is Ranked else "rewards_PK"
+
+    def moved(step_PK: Tensor) -> Mapping[str, Tensor]:
+        """With the completions made better by so much; of log-probabilities by the first token."""
+        value = batch.tensors()[at].clone()
+        (value[..., 0] if value.dim() == 3 else value).add_(step_PK)
+        return loss(with_fields(batch, {at: value})).metrics
+
+    valid_PK, none_PK = batch.tensors()["valid_PK"], torch.zeros(batch.tensors()["valid_PK"].shape).double()
+    found, all_better = moved(none_PK), moved(none_PK + 1.0)
+    chosen_P, rejected_P = (all_better[f"rewards/{side}"] - found[f"rewards/{side}"] for side in SIDES)
+    close(chosen_P, rejected_P)
+    assert bool((chosen_P > 0).all())
+    close(all_better["rewards/margins"], found["rewards/margins"])
+    first_PK = none_PK + (torch.arange(valid_PK.shape[1]) == 0)
+    first_better, rest_better = moved(first_PK), moved(1.0 - first_PK)
+    for better, side, other in ((first_better, "chosen", "rejected"), (rest_better, "rejected", "chosen")):
+        close(better[f"rewards/{side}"], all_better[f"rewards/{side}"])
+        close(better[f"rewards/{other}"], found[f"rewards/{other}"])
+    place_PK = none_PK + 1e4 * torch.arange(valid_PK.shape[1])
+    assert moved(-place_PK)["rewards/accuracies"].tolist() == [1.0] * 12
+    assert moved(place_PK)["rewards/accuracies"].tolist() == [0.0] * 12
 
 
 def modes_of(name: str) -> list[Loss]:
