@@ -122,6 +122,61 @@ EQUIVALENT: dict[str, str] = {
     (
         "policy_modifiers:off_policy_mask:drop_stop_gradient: batch.advantages_BT.detach() → batch.advantages_BT"
     ): "a comparison has no gradient",
+    (
+        "policy_modifiers:high_entropy:drop_stop_gradient: batch.entropy_BT.detach() → batch.entropy_BT"
+    ): "a comparison has no gradient",
+    (
+        "policy_modifiers:high_entropy:drop_stop_gradient: masked(batch.entropy_BT.detach(), batch.mask_BT) "
+        ">= batch.entropy_floor.detach() → masked(batch.entropy_BT.detach(), batch.mask_BT) >= "
+        "batch.entropy_floor"
+    ): "a comparison has no gradient",
+    (
+        "policy_modifiers:high_entropy:drop_mask: masked(batch.entropy_BT.detach(), batch.mask_BT) >= "
+        "batch.entropy_floor.detach() → batch.entropy_BT.detach() >= batch.entropy_floor.detach()"
+    ): "outside the mask the loss is 0, kept or not",
+    (
+        "policy_sequence:sequence_surrogate:drop_mask: masked_sum(log_ratios(batch), batch.mask_BT) → "
+        "log_ratios(batch).sum(-1)"
+    ): "log_ratios has masked",
+    (
+        "ranked:scores_of:drop_mask: masked(batch.scores_PK.detach(), batch.valid_PK) → batch.scores_PK.detach()"
+    ): "log_softmax_PK and lambda_weights mask them",
+    (
+        "ranked:best_takes_all:clip_side: (valid_PK.sum(-1, keepdim=True) - 1).clamp(min=1) → "
+        "valid_PK.sum(-1, keepdim=True) - 1"
+    ): "/ 0 where nobody is the rest, which of_lists masks",
+    (
+        "ranked:best_takes_all:drop_factor: torch.where(first_PK, 1 - share, share / rest_P1.to(dtype)) * "
+        "valid_PK → torch.where(first_PK, 1 - share, share / rest_P1.to(dtype))"
+    ): "of_lists masks",
+    (
+        "ranked:nca:clip_side: valid_PK.sum(-1, keepdim=True).clamp(min=1) → valid_PK.sum(-1, keepdim=True)"
+    ): "/ 0 in a list of nobody, which of_lists masks",
+    (
+        "ranked:nca:off_by_one: valid_PK.sum(-1, keepdim=True).clamp(min=1) → valid_PK.sum(-1, "
+        "keepdim=True).clamp(min=2)"
+    ): "of_lists masks lists of one",
+    "ranked:exo:drop_mask: torch.where(valid_PK, target_PK, 1.0) → target_PK": "of_lists masks",
+    "ranked:lambda_weights:drop_stop_gradient: @torch.no_grad() → ": "the scores are detached, ranks have no gradient",
+    "ranked:lambda_weights:drop_mask: masked(scores_PK, valid_PK) → scores_PK": "both_PKK masks",
+    (
+        "rankings:log_softmax_PK:drop_mask: masked(x_PK.log_softmax(-1), valid_PK) → x_PK.log_softmax(-1)"
+    ): "of_lists masks",
+    (
+        "reward:first_is_better:swap_sides: torch.ones_like(batch.chosen_B) → torch.ones_like(batch.rejected_B)"
+    ): "both sides have the same shape",
+    "pairwise:pair_metrics:drop_stop_gradient: @torch.no_grad() → ": "reward_metrics detaches",
+    (
+        "pairwise:reward_metrics:swap_sides: (chosen_B > rejected_B).to(chosen_B.dtype) → (chosen_B > "
+        "rejected_B).to(rejected_B.dtype)"
+    ): "both sides have the same type",
+    (
+        "policy_gradient:ratio_metrics:drop_stop_gradient: clip_ratio.detach() → clip_ratio"
+    ): "under no_grad, and a comparison",
+    "policy_gradient:ratio_metrics:drop_stop_gradient: log_ratio_BT.detach() → log_ratio_BT": "under no_grad",
+    "reward:ranked_reward_metrics:drop_stop_gradient: @torch.no_grad() → ": "the rewards are detached",
+    "reward:ranked_reward_metrics:drop_stop_gradient: batch.rewards_PK.detach() → batch.rewards_PK": "under no_grad",
+    "reward:process_reward:drop_stop_gradient: scores_BT.detach() → scores_BT": "under no_grad",
 }
 
 
@@ -475,7 +530,8 @@ ALONG = (
 def role_of(parent: ast.AST, name: str, role: str) -> str:
     """What a number is in this place: an index, something added, a bound, something compared."""
     if isinstance(parent, ast.Subscript):
-        return "index" if name == "slice" else ""
+        of_axes = isinstance(parent.value, ast.Attribute) and parent.value.attr == "shape"
+        return "" if name != "slice" else "axis" if of_axes else "index"
     if isinstance(parent, ast.Tuple | ast.UnaryOp | ast.Slice):
         return role
     if isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Add | ast.Sub):
@@ -483,7 +539,7 @@ def role_of(parent: ast.AST, name: str, role: str) -> str:
     if isinstance(parent, ast.Compare):
         return "compared"
     if isinstance(parent, ast.keyword):
-        return "bound" if parent.arg in ("min", "max") else ""
+        return {"min": "bound", "max": "bound", "dim": "axis"}.get(parent.arg or "", "")
     if isinstance(parent, ast.Call) and name == "args":
         called = parent.func.attr if isinstance(parent.func, ast.Attribute) else getattr(parent.func, "id", "")
         return "index" if called in ("range", "triu") else "axis" if called in ALONG else ""

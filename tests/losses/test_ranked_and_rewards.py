@@ -538,6 +538,12 @@ def test_regression_is_least_at_the_target_and_huber_bends_outside() -> None:
     close(huber_B[~inside_B].diff()[[0, 1, 2]], torch.full((3,), -1.0, dtype=torch.float64))  # slope 2 δ, steps of ½
 
 
+def test_the_number_that_people_gave_is_a_constant() -> None:
+    batch = random_record(Ratings)
+    given_B = batch.targets_B.clone().requires_grad_()
+    assert not create_loss("reward_regression")(dataclasses.replace(batch, targets_B=given_B)).loss.requires_grad
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_huber_is_pytorch_s_doubled(seed: int) -> None:
     batch = random_record(Ratings, seed, rows=9)
