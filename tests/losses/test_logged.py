@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefzoo.contract import modes
 from prefzoo.losses.base import LOSSES, Loss, create_loss
-from prefzoo.records import Pairs, Ranked, RankedScores, Unpaired, masked_sum
+from prefzoo.records import Pairs, Ranked, RankedScores, Unpaired, Values, masked_sum
 from prefzoo.testing import random_record
 from prefzoo.trial import extreme_record, inside, parts, with_fields
 
@@ -109,6 +109,17 @@ def test_of_a_ranking_the_first_is_compared_with_the_mean_of_the_rest(name: str)
     place_PK = none_PK + 1e4 * torch.arange(valid_PK.shape[1])
     assert moved(-place_PK)["rewards/accuracies"].tolist() == [1.0] * 12
     assert moved(place_PK)["rewards/accuracies"].tolist() == [0.0] * 12
+
+
+def test_a_value_counts_as_clipped_where_the_clip_makes_it_worse() -> None:
+    """It has gone nearer to its return than it may, and is held back; away from it nothing holds it."""
+    values_BT = torch.tensor([[0.9, 0.1, -0.9]], dtype=torch.float64)
+    batch = Values(
+        values_BT=values_BT, old_values_BT=0 * values_BT, returns_BT=torch.ones(1, 3).double(), mask_BT=values_BT < 9
+    )
+    found = create_loss("clipped_value", clip=0.2)(batch).metrics
+    assert found["value/clip_ratio"].tolist() == [[1.0, 0.0, 0.0]]
+    close(found["value/error"], (values_BT - 1).square())
 
 
 def modes_of(name: str) -> list[Loss]:
