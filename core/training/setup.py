@@ -285,10 +285,12 @@ def check_columns(stage: Stage, samples: Samples, source: str) -> None:
     if stage.on_policy:
         return
     for term in (t for t in stage.terms if t.rows == "main"):
-        for column in (e.removesuffix("_B") for e in term.loss.extras if e.endswith("_B")):
-            if column not in samples.columns and column not in samples.pair_columns:
+        for field, axes in (e.rpartition("_")[::2] for e in term.loss.extras if e.endswith(("_B", "_P", "_PK"))):
+            column = "score" if field == "scores" else field
+            if column not in samples.columns and column not in samples.row_columns:
+                column, each = (field, "a number for each completion") if axes == "PK" else (column, "a number")
                 raise UsageError(
-                    f"loss {term.loss.name!r} needs a number in the column {column!r} of every row, and {source} has "
+                    f"loss {term.loss.name!r} needs {each} in the column {column!r} of every row, and {source} has "
                     f"none; add it, or name the column that holds it (columns={{{column!r}: ...}})."
                 )
 
