@@ -110,6 +110,8 @@ def _describe(console: Console, data: Dataset) -> None:
     form = "messages" if is_dialogue(first, data.type) else "text"
     console.print(Text(f"  columns: {', '.join(_ordered(first))} ({form})"))
     uses = [kind for kind, to in KIND_TO_TYPE.items() if data.type in can_become(to) or NATURAL[data.type] == kind]
+    if not {"score", "scores", "score_chosen"} & set(first):
+        uses = [kind for kind in uses if kind != "scored"]
     if data.type == "language_modeling" and form == "text":
         uses = ["completions"]
     console.print(Text(f"  can be used as: {', '.join(uses)}"))

@@ -67,7 +67,7 @@ FILLED: dict[type[Record], frozenset[str]] = {
     PolicyGradient: frozenset({"entropy_BT", "entropy_floor", "sampling_logps_BT"}),
     Values: frozenset(),
 }  # fmt: skip
-# Records of what only one kind of samples has; and what else a kind may be used as.
+# Fields that only one kind of samples has; and what else a kind may be used as.
 ONLY = {"scores_B": "scored"}
 ALSO = {"scored": "completions"}
 SCORED_BY_MODEL: tuple[type[Record], ...] = (Scores, RankedScores, Ratings, StepScores)  # what a reward model learns

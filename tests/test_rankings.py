@@ -31,7 +31,7 @@ from prefzoo.models.tree import TreeBatch, micro_batches
 from prefzoo.parts.source import DatasetRows
 from prefzoo.records import Ranked, RankedScores
 from prefzoo.registry import UsageError
-from prefzoo.training import Run
+from prefzoo.training import NonFiniteError, Run
 from prefzoo.training.engine import Engine
 
 Row = dict[str, Any]
@@ -436,6 +436,16 @@ def test_padded_rows_teach_what_packed_ones_teach(
     fit(name, words, reference=tiny_model(words, seed=1))
     packed, padded_ = (moved(e, words) for e in engines)
     assert packed.norm() > 1e-4 and (packed - padded_).norm() <= 1e-3 * packed.norm()
+
+
+def test_a_step_that_is_not_finite_shows_its_rankings(words: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="not finite"):
+        fit("pl_dpo", words, learning_rate=1e30, max_steps=4, output_dir=tmp_path)
+    (file,) = tmp_path.glob("post-mortem-*.json")
+    rows = json.loads(file.read_text())["batches"]["main"]["shown"]
+    counts = [sum(name.startswith("completion ") for name in row) for row in rows]
+    assert sorted(counts) == sorted(len(row["completions"]) for row in RANKED), "those that are there"
+    assert rows[0]["completion 1"]["score"] >= rows[0]["completion 2"]["score"]
 
 
 def test_an_evaluation_divides_by_all_its_lists(words: PreTrainedTokenizerBase) -> None:

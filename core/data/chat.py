@@ -77,9 +77,8 @@ def encode_rows(
     """Ids of rows of one format, with the tokens that carry loss; a row that cannot be encoded gives its fault.
 
     ``sides`` are the columns of the completions (``completions``: a list of them, of any length); none: the rows are
-    prompts. Rows of the type language_modeling
-    (``messages`` or ``text`` and no prompt) become one completion, their "prompt" being what precedes the first
-    token that carries loss.
+    prompts. Rows of the type language_modeling (``messages`` or ``text`` and no prompt) become one completion, their
+    "prompt" being what precedes the first token that carries loss.
     """
     if not rows:
         return []
@@ -94,14 +93,14 @@ def encode_rows(
         return _answers(tokenizer, rows, sides, loss_on)
     alone = _text_ids(tokenizer, [row["prompt"] for row in rows])
     said = [_answers_of(row, sides) for row in rows]
-    whole = _text_ids(
-        tokenizer, [row["prompt"] + _closed(tokenizer, s) for row, all_ in zip(rows, said, strict=True) for s in all_]
-    )
-    each = (list(itertools.islice(rest, len(all_))) for rest in [iter(whole)] for all_ in said)
+    texts = [row["prompt"] + _closed(tokenizer, a) for row, answers in zip(rows, said, strict=True) for a in answers]
+    whole = iter(_text_ids(tokenizer, texts))
+    each = [list(itertools.islice(whole, len(answers))) for answers in said]
     return [_split(prompt, ids, [None] * len(ids)) for prompt, ids in zip(alone, each, strict=True)]
 
 
 def _answers_of(row: Row, sides: Sequence[str]) -> list[Any]:
+    """The completions of a row, each in a column of its own or all in one."""
     return row["completions"] if sides == ["completions"] else [row[side] for side in sides]
 
 

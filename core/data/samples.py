@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Kind = Literal["prompts", "completions", "scored", "unpaired", "pairs", "rankings", "steps"]
-PER_ROW: dict[Kind, int] = {"prompts": 0, "completions": 1, "scored": 1, "unpaired": 1, "pairs": 2, "steps": 1}
+Kind = Literal["prompts", "completions", "unpaired", "pairs", "rankings", "scored", "steps"]
+PER_ROW: dict[Kind, int] = {"prompts": 0, "completions": 1, "unpaired": 1, "pairs": 2, "scored": 1, "steps": 1}
 
 
 @dataclass(frozen=True)

@@ -34,28 +34,28 @@ __all__ = ["encode_prompts", "encode_sides", "segments", "tokenise", "tokenizer_
 KIND_TO_TYPE: dict[Kind, DataType] = {
     "prompts": "prompt",
     "completions": "prompt_completion",
-    "scored": "scored",
     "unpaired": "unpaired",
     "pairs": "preference",
     "rankings": "ranking",
+    "scored": "scored",
     "steps": "stepwise",
 }
 SIDES: dict[Kind, list[str]] = {
     "prompts": [],
     "completions": ["completion"],
-    "scored": ["completion"],
     "unpaired": ["completion"],
     "pairs": ["chosen", "rejected"],
     "rankings": ["completions"],
+    "scored": ["completion"],
     "steps": ["completions"],
 }
 NUMBERS: dict[Kind, tuple[str, ...]] = {  # the user's columns that losses read
     "prompts": (),
     "completions": ("weight",),
-    "scored": ("weight", "score"),
     "unpaired": ("weight",),
     "pairs": ("margin", "probability", "weight", "score_chosen", "score_rejected"),
     "rankings": ("weight",),
+    "scored": ("weight", "score"),
     "steps": ("weight",),
 }
 TOLD = ("margin", "probability", "weight")  # of every row or of none
