@@ -372,6 +372,7 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
             "training": _settings(facts["recommended"]),
             "": "all options of training: prefzoo show training",
             "its losses": "\n".join(f"prefzoo show --loss {name}" for name in facts["losses"]),
+            "run it": _command(facts),
         }
     elif facts["kind"] == "loss":
         rows |= {
@@ -385,6 +386,13 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         rows["refused by"] = "\n".join(f"{name}: {why}" for name, why in facts.get("refused_by", {}).items())
     rows["breaks"] = "\n".join(f"{check}: {why}" for check, why in facts.get("exceptions", {}).items())
     return {key: value for key, value in rows.items() if value}
+
+
+def _command(facts: Mapping[str, Any]) -> str:
+    """What to type to train with it."""
+    judges = {"reward": "--reward FOLDER_OR_FILE.py:FUNCTION", "verifier": "--reward FILE.py:FUNCTION"}
+    judge = [words for need, words in judges.items() if need in facts["needs"]]
+    return " ".join([f"prefzoo train {facts['name']} --model FOLDER --dataset FILE", *judge, "--output-dir RUN"])
 
 
 def _settings(values: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ TAKES: dict[type[Record], str] = {
 FILLED: dict[type[Record], frozenset[str]] = {
     Pairs: frozenset({
         "margin_B", "probability_B", "weight_B", "chosen_log_sq_BT", "rejected_log_sq_BT", "chosen_kl_BT",
-        "rejected_kl_BT", "prompt_logps_BT",
+        "rejected_kl_BT", "prompt_logps_BT", "prompt_mask_BT",
     }),
     Scores: frozenset({"margin_B", "probability_B", "tie_B", "weight_B"}),
     Unpaired: frozenset({"baseline", "delta", "weight_B"}),

@@ -536,11 +536,24 @@ BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 5e-2}  # of the largest loss of t
 
 
 def low_precision(loss: Loss) -> None:
-    """float32 and bfloat16 stay within 2e-5 and 5e-2 of float64, relative to the largest loss of the batch."""
+    """float64 is not rounded to float32; float32 and bfloat16 stay within 2e-5 and 5e-2 of the largest float64 loss."""
     exact = _record(loss, rows=8, dtype=torch.bfloat16)
     real = {k: v for k, v in exact.tensors().items() if v.is_floating_point()}
     record = with_fields(exact, {k: v.double() for k, v in real.items()})
-    expected = _rows_of(loss(record), record)
+    out, gradients = _gradients(loss, record)
+    expected = _rows_of(out, record)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # what a tensor made of Python numbers alone has
+    try:
+        new_out, new_gradients = _gradients(loss, record)
+    finally:
+        torch.set_default_dtype(default)
+    same = torch.equal(_rows_of(new_out, record), expected)
+    if not same or any(not torch.equal(g, new_gradients[k]) for k, g in gradients.items()):
+        raise ContractError(
+            "a number is rounded to float32 though the record is float64: torch.where of two Python numbers, a "
+            "quotient of counts or torch.tensor(0.1). Use numerics.by_case, x.new_tensor, or .to(x.dtype) first."
+        )
     for dtype, bound in BOUNDS.items():
         low = with_fields(exact, {k: v.to(dtype) for k, v in real.items()})
         error = (_rows_of(loss(low), low).double() - expected).abs().max()

@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -91,7 +92,8 @@ class Entry:
                     f"Its options: {', '.join(self.options) or 'none'}."
                 )
             if key in hints and not _allows(hints[key], value):
-                wanted = _words(hints[key])
+                finite = "finite " if isinstance(value, float) and not math.isfinite(value) else ""
+                wanted = finite + _words(hints[key])
                 raise UsageError(f"{kind} {self.name!r}, option {key!r}: expected {wanted}, got {value!r}.")
 
     def source_hash(self) -> str:
@@ -227,6 +229,10 @@ NotNegative = typing.Annotated[float, NOT_NEGATIVE]
 def _words(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Annotated:
         return f"{hint.__origin__.__name__} {hint.__metadata__[0]}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_words(part) for part in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
@@ -240,8 +246,9 @@ def _allows(hint: Any, value: Any) -> bool:
         return any(_allows(part, value) for part in typing.get_args(hint))
     if hint is type(None):
         return value is None
-    if hint in (int, float):  # True is an int to Python, and never meant as one
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    if hint in (int, float):  # True is an int to Python, and never meant as one; NaN and infinity make NaN of a loss
+        number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+        return number and (isinstance(value, int) or math.isfinite(value))
     return isinstance(value, hint) if hint in (bool, str) else True
 
 

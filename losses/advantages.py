@@ -7,7 +7,7 @@ missing one: it is left out of its group's statistics and its advantage is 0. **
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +15,17 @@ from torch import Tensor
 from prefzoo.losses.base import register_credit
 from prefzoo.losses.kl import ValueEstimatorName, kl_estimator
 from prefzoo.losses.numerics import masked
-from prefzoo.registry import NotNegative, Share, UsageError
+from prefzoo.registry import ABOVE_0, NotNegative, Share, UsageError
 
 Scale = Literal["group", "batch", "none"]
+
+
+def _real(rewards: Tensor) -> Tensor:
+    """Rewards as numbers that statistics can be made of: what is not float32 or float64 becomes float32.
+
+    Integers and booleans have no NaN and no fractions, unsigned ones no negatives; squares of float16 overflow.
+    """
+    return rewards if rewards.dtype in (torch.float32, torch.float64) else rewards.to(torch.float32)
 
 
 def _group_sum(values_B: Tensor, group_B: Tensor) -> Tensor:
@@ -79,6 +87,7 @@ def group_relative(
     """
     if scale not in ("group", "batch", "none"):
         raise UsageError(f"group_relative: scale is {scale!r}; it must be 'group', 'batch' or 'none'.")
+    rewards_B = _real(rewards_B)
     centred_B = _centred(rewards_B, group_B)
     if scale == "none":
         if not sample or eps != 1e-4:
@@ -128,6 +137,7 @@ def leave_one_out(rewards_B: Tensor, group_B: Tensor) -> Tensor:
     >>> leave_one_out(torch.tensor([3.0, 0.0, 0.0]), torch.tensor([0, 0, 0]))
     tensor([ 3.0000, -1.5000, -1.5000])
     """
+    rewards_B = _real(rewards_B)
     size_B = _known(rewards_B, group_B)
     return _centred(rewards_B, group_B) * size_B / (size_B - 1).clamp(min=1)
 
@@ -156,7 +166,7 @@ def remax(rewards_B: Tensor, greedy_B: Tensor) -> Tensor:
     >>> remax(torch.tensor([1.0, 0.0, float("nan")]), torch.tensor([0.5, 0.5, 0.5]))
     tensor([ 0.5000, -0.5000,  0.0000])
     """
-    advantages_B = rewards_B - greedy_B
+    advantages_B = _real(rewards_B) - _real(greedy_B)
     return masked(advantages_B, ~advantages_B.isnan())
 
 
@@ -186,7 +196,7 @@ def opo(rewards_B: Tensor, group_B: Tensor, length_B: Tensor) -> Tensor:
     >>> opo(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), torch.tensor([3, 1]))
     tensor([ 0.2500, -0.7500])
     """
-    return _centred(rewards_B, group_B, length_B)
+    return _centred(_real(rewards_B), group_B, length_B)
 
 
 @register_credit(paper="arXiv:2601.05242")
@@ -220,6 +230,7 @@ def gdpo(
     """
     if weights is not None and len(weights) != rewards_BR.shape[1]:
         raise UsageError(f"gdpo: {len(weights)} weights for {rewards_BR.shape[1]} reward functions.")
+    rewards_BR = _real(rewards_BR)
     columns = [group_relative(rewards_B, group_B, eps=eps) for rewards_B in rewards_BR.unbind(1)]
     weight_R = torch.ones_like(rewards_BR[0]) if weights is None else rewards_BR.new_tensor(weights)
     total_B = torch.stack(columns, 1) @ weight_R
@@ -264,9 +275,10 @@ def gae(
     Returns:
         Advantages and returns, (B, T) each, 0 outside the mask.
 
-    Convention: λ = 0.95 as in TRL and the PPO papers; the paper on macro-actions and its code have the mean of the
-    tokens' values by default ("equal"). The value where a macro-action is chosen is that of its first token. Rewards
-    of a span are added, undiscounted; the code of that paper averages them, which loses part of the KL penalty.
+    Convention: λ = 0.95 as in TRL's former PPO and the PPO papers; the paper on macro-actions and its code have the
+    mean of the tokens' values by default ("equal"). The value where a macro-action is chosen is that of its first
+    token. Rewards of a span are added, undiscounted; the code of that paper averages them, which loses part of the KL
+    penalty.
 
     Known failure: with λ < 1 the advantages are biased by the critic's error; early in training that is all there is.
     The mean value of a macro-action has seen its tokens, so as a baseline it biases the gradient even where the critic
@@ -321,7 +333,7 @@ def _spans(span_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
 @register_credit(paper="arXiv:1909.08593")
 @torch.no_grad()
 def whiten(
-    values_BT: Tensor, mask_BT: Tensor, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8
+    values_BT: Tensor, mask_BT: Tensor, *, shift_mean: bool = True, unbiased: bool = True, eps: NotNegative = 1e-8
 ) -> Tensor:
     """Standardise over all masked tokens of the batch.
 
@@ -347,17 +359,18 @@ def whiten(
     >>> whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]]), unbiased=False)
     tensor([[-1.,  1.,  0.]])
     """
+    values_BT = _real(values_BT)
     size = mask_BT.sum()
     mean = masked(values_BT, mask_BT).sum() / size.clamp(min=1)
     centred_BT = masked(values_BT - mean, mask_BT)
     variance = centred_BT.square().sum() / (size - int(unbiased)).clamp(min=1)
-    white_BT = centred_BT / (variance + eps).sqrt()
+    white_BT = _over(centred_BT, (variance + eps).sqrt())
     return white_BT if shift_mean else masked(white_BT + mean, mask_BT)
 
 
 @register_credit(paper="arXiv:2307.09288", gives="rows")
 @torch.no_grad()
-def best_of_k(scores_B: Tensor, group_B: Tensor, *, k: int = 1) -> Tensor:
+def best_of_k(scores_B: Tensor, group_B: Tensor, *, k: Annotated[int, ABOVE_0] = 1) -> Tensor:
     """Indices of the k best completions of every prompt.
 
         { i : fewer than k completions of its prompt score higher, or as high and stand before it }
@@ -379,6 +392,7 @@ def best_of_k(scores_B: Tensor, group_B: Tensor, *, k: int = 1) -> Tensor:
     >>> best_of_k(torch.tensor([1.0, 2.0, 2.0, float("nan"), -1.0]), torch.tensor([0, 0, 0, 1, 1]))
     tensor([1, 4])
     """
+    scores_B = _real(scores_B)
     order_B = torch.argsort(-scores_B, stable=True)  # NaN sorts last
     order_B = order_B[torch.argsort(group_B[order_B], stable=True)]
     size_P = torch.unique_consecutive(group_B[order_B], return_counts=True)[1]
@@ -411,6 +425,7 @@ def top_against_bottom(scores_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tenso
     >>> top_against_bottom(torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0]), torch.tensor([0, 0, 0, 1, 1]))
     (tensor([1]), tensor([0]))
     """
+    scores_B = _real(scores_B)
     best_P, worst_P = best_of_k(scores_B, group_B), best_of_k(-scores_B, group_B)
     pair_P = scores_B[best_P] > scores_B[worst_P]
     return best_P[pair_P], worst_P[pair_P]
@@ -424,7 +439,7 @@ def shaped_rewards(
     ref_logps_BT: Tensor,
     mask_BT: Tensor,
     *,
-    kl: float = 0.05,
+    kl: NotNegative = 0.05,
     estimator: ValueEstimatorName = "k1",
 ) -> Tensor:
     """PPO's token rewards: a KL penalty at every token, and the score at the last one.
@@ -527,7 +542,7 @@ def reinforce_pp_baseline(
     mask_BT: Tensor,
     *,
     gamma: Share = 1.0,
-    kl: NotNegative = 0.01,
+    kl: NotNegative = 0.0,
     estimator: ValueEstimatorName = "k1",
     unbiased: bool = True,
     eps: NotNegative = 1e-8,
@@ -542,7 +557,7 @@ def reinforce_pp_baseline(
         logps_BT: log-probabilities of the policy that sampled the completions, in nats. ref_logps_BT: the reference's.
         mask_BT: the tokens that the policy chose.
         gamma: discount per token.
-        kl: coefficient of the penalty, in reward units per nat.
+        kl: coefficient of the penalty in the reward, in reward units per nat; the paper has a term of the loss instead.
         estimator: of the KL, as in ``shaped_rewards``.
         unbiased: variance with n - 1; False: with n (OpenRLHF).
         eps: added to the variance.
@@ -550,8 +565,9 @@ def reinforce_pp_baseline(
     Returns:
         Advantages, (B, T), 0 outside the mask and in rows without a score, which do not count in the statistics.
 
-    Convention: the KL penalty stays in the reward, as in ``reinforce_pp`` (kl = 0 where it is a term of the loss). The
-    group's mean is of the scores alone; the deviation is the batch's, not the group's as in GRPO.
+    Convention: the KL penalty is in the reward, as in ``reinforce_pp``. The paper has it as a term of the loss in this
+    form, with k2: that is kl = 0 here and a term ``kl_penalty``. The group's mean is of the scores alone; the deviation
+    is the batch's, not the group's as in GRPO.
 
     Known failure: tokens are standardised, not completions: long completions weigh more in mean and deviation.
 

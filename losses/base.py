@@ -110,6 +110,11 @@ class Loss:
         return tuple(dict.fromkeys(name for names in wanted for name in names))
 
     @property
+    def by_row(self) -> bool:
+        """Whether the loss of a row stays with it when rows change places."""
+        return "row_permutation" not in self.entry.tags["exceptions"]
+
+    @property
     def whole_batch(self) -> bool:
         """Whether it couples the rows of a batch, which the engine then does not split."""
         return self.entry.tags["whole_batch"]

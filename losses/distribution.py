@@ -38,7 +38,8 @@ def gkd(batch: Distribution, *, beta: Share = 0.5, temperature: Positive = 1.0) 
     (1 - β) KL(π ‖ P); at 0 and 1 the KL is put in its place, so the loss jumps there. On which completions, the data's
     or the policy's own (``lmbda`` of TRL), is the algorithm's. Not multiplied by the squared temperature.
 
-    Known failure: bounded: where policy and teacher do not overlap, the gradient vanishes.
+    Known failure: bounded: where policy and teacher do not overlap, the gradient vanishes. In float32 a β below 1e-4
+    loses digits (its gradient is 0.5 % off at 1e-5); β = 0 itself is exact.
 
     Source: Agarwal et al., On-Policy Distillation of Language Models, arXiv:2306.13649, equation 1.
 

@@ -27,7 +27,7 @@ def sft(batch: Likelihood) -> LossOut:
         batch: completions, (B, T), in nats.
 
     Returns:
-        One loss per token, (B, T), in nats.
+        One loss per token, (B, T), in nats; 0 outside the mask.
 
     Convention: its count is ``token``, the mean over all completion tokens of the optimizer batch, as in TRL; prompt
     tokens are not in the mask. ``row`` weights every completion alike, ``row_sum`` is the likelihood of completions.
@@ -39,7 +39,7 @@ def sft(batch: Likelihood) -> LossOut:
     >>> sft(Likelihood(logps_BT=torch.tensor([[-1.0, -0.5]]), mask_BT=torch.tensor([[True, True]]))).loss
     tensor([[1.0000, 0.5000]])
     """
-    return LossOut(-batch.logps_BT)
+    return LossOut(-masked(batch.logps_BT, batch.mask_BT))
 
 
 @register_loss(paper="arXiv:2508.05629")
@@ -70,7 +70,7 @@ def dft(batch: Likelihood) -> LossOut:
     return LossOut(-weight_BT * masked(batch.logps_BT, batch.mask_BT), {"weight": weight_BT})
 
 
-@register_loss(paper="arXiv:1910.00177", extras=("scores_B",))
+@register_loss(paper="arXiv:1910.00177", aliases=("rwr",), extras=("scores_B",))
 def weighted_sft(batch: Likelihood, *, temperature: Positive = 1.0, cap: Positive = 20.0) -> LossOut:
     """Reward-weighted regression: the likelihood of completions weighted by the exponential of their score.
 

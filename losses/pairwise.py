@@ -75,8 +75,9 @@ def dpo(batch: Pairs, *, beta: Positive = 0.1) -> LossOut:
         One loss per pair, (B,), in nats; log 2 where policy and reference are equal. Metrics (B,): ``rewards/chosen``,
         ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies``, ``logps/chosen``, ``logps/rejected``.
 
-    Convention: log-ratios are sums over tokens, as in the paper and in TRL (``loss_type="sigmoid"``). ``cdpo``
-    and ``robust_dpo`` are for noisy labels; ``margin_B`` is not used (that is ``odpo``).
+    Convention: log-ratios are sums over tokens, as in the paper and in TRL (``loss_type="sigmoid"``). ``cdpo`` and
+    ``robust_dpo`` are for noisy labels; ``margin_B`` is not used (that is ``odpo``). The learning rate, TRL's, suits
+    full fine-tuning of models of a billion parameters; tiny models want 1e-4 to 2e-4.
 
     Known failure: only the difference counts, so the log-probabilities of both completions may fall, the chosen one's
     too. On pairs that always agree nothing bounds the difference, and the pull to the reference is lost.
@@ -338,7 +339,8 @@ def discopop(batch: Pairs, *, beta: Positive = 0.1, tau: Positive = 0.05) -> Los
     where ``exp`` would overflow (80 in float32 and bfloat16, 700 in float64), which needs τ > 1; there its gradient
     is 0.
 
-    Known failure: not convex: for z just below 0 the loss has a dip and a bump, so a pair can rest on the wrong side.
+    Known failure: not convex: with the default τ the loss has a dip at z = -0.12 and a bump at z = 0.07. In between,
+    where training starts, it falls towards the rejected side, and a pair can come to rest there.
 
     Source: Lu et al., Discovering Preference Optimization Algorithms with and for Large Language Models,
     arXiv:2406.08414.
@@ -408,8 +410,8 @@ def length_dpo(batch: Pairs, *, beta: Positive = 0.1, alpha: NotNegative = 0.05)
     advantage explained by length already, and gets less push. "R-DPO" also names robust DPO: here ``robust_dpo``. Not
     in TRL. α is tuned to the data; its default here is small because it multiplies differences of many tokens.
 
-    Known failure: a pair whose lengths differ by far more than β / α nats is saturated whatever the policy does, and
-    teaches nothing.
+    Known failure: a chosen completion that is far more than 1 / α tokens longer has a saturated pair, which teaches
+    nothing; one that is so much shorter has the full gradient, whatever the policy has learned.
 
     Source: Park et al., Disentangling Length from Quality in Direct Preference Optimization, arXiv:2403.19159.
 

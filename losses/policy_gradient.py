@@ -153,7 +153,7 @@ def clipped_surrogate(
 
     Returns:
         One loss per token, (B, T), 0 outside the mask. Metrics (B, T): ``ratio``; ``clip_ratio``, 1 where the clip
-        takes the gradient away; ``approx_kl``, the k3 estimate of KL(old ‖ π), in nats.
+        takes the gradient away (not where ``dual_clip`` does); ``approx_kl``, the k3 estimate of KL(old ‖ π), in nats.
 
     Convention: one ratio per token (GSPO has one per sequence). The log-ratio is clamped only where ``exp`` would
     overflow (80 in float32 and bfloat16, 700 in float64), where its gradient is 0; verl and OpenRLHF clamp at ±20. No

@@ -15,10 +15,15 @@ from torch import Tensor
 from prefzoo.losses.base import register_modifier
 from prefzoo.losses.numerics import masked, safe_exp
 from prefzoo.records import LossOut, PolicyGradient, masked_mean, masked_sum
-from prefzoo.registry import Positive, UsageError
+from prefzoo.registry import NotNegative, Positive, UsageError
 
 PolicyLoss = Callable[[PolicyGradient], LossOut]
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+def _above_sampler(logps_BT: Tensor, sampling_logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """log π(y_t) - what the sampler reported, (B, T), detached; 0 outside the mask, and where it reported NaN."""
+    return masked((logps_BT - sampling_logps_BT).detach(), mask_BT & ~sampling_logps_BT.isnan())
 
 
 @torch.no_grad()
@@ -38,7 +43,7 @@ def importance_weights(
 
     Args:
         old_logps_BT: log-probabilities under the learner's model at the start of the update, (B, T), in nats.
-        sampling_logps_BT: what the sampler itself reported, (B, T), in nats.
+        sampling_logps_BT: what the sampler itself reported, (B, T), in nats. NaN where it reported nothing: weight 1.
         mask_BT: the sampled tokens.
         correction: how; ``"none"`` gives ones.
         correction_max: largest weight.
@@ -59,7 +64,7 @@ def importance_weights(
             f"correction_min={correction_min!r}, correction_max={correction_max!r}: weights lie between a least one of "
             "at least 0 and a larger one above 0."
         )
-    log_weight_BT = masked(old_logps_BT - sampling_logps_BT, mask_BT)
+    log_weight_BT = _above_sampler(old_logps_BT, sampling_logps_BT, mask_BT)
     if correction == "none":
         return mask_BT.to(log_weight_BT.dtype)
     if correction.startswith("sequence"):
@@ -95,7 +100,7 @@ def sampler_correction(
     *,
     correction: Correction = "none",
     correction_max: Positive = 3.0,
-    correction_min: float | None = None,
+    correction_min: NotNegative | None = None,
 ) -> LossOut:
     """Correction for a sampler whose numbers differ from the learner's: weight the loss by the ratio of the two.
 
@@ -117,7 +122,7 @@ def sampler_correction(
     in TRL (``vllm_importance_sampling_mode`` with its ``_clip_max`` of 3, ``_clip_min``). A sequence's weight is the
     exponential of the *sum*; ``gspo`` has the mean. A loss with one value per completion takes a sequence's weight
     only. ``vespo`` has options of these names itself: it multiplies its own weight before shaping it. KL and entropy
-    terms are not weighted.
+    terms are not weighted. A token that the sampler gave no number (NaN) counts as unchanged, as in TRL.
 
     Known failure: the product over a long completion leaves any range, so the sequence forms drop almost everything.
 
@@ -145,7 +150,9 @@ def sampler_correction(
 
 
 @register_modifier(paper="arXiv:2512.02556", order=30, extras=("sampling_logps_BT",))
-def off_policy_mask(loss: PolicyLoss, batch: PolicyGradient, *, off_policy_threshold: float | None = None) -> LossOut:
+def off_policy_mask(
+    loss: PolicyLoss, batch: PolicyGradient, *, off_policy_threshold: NotNegative | None = None
+) -> LossOut:
     """Off-policy sequence mask: bad completions that the policy would no longer write are dropped.
 
         loss'_t = 0 where A < 0 and mean_t (sampling_t - log π(y_t)) > δ, else loss_t
@@ -161,8 +168,8 @@ def off_policy_mask(loss: PolicyLoss, batch: PolicyGradient, *, off_policy_thres
 
     Convention: measured against what the sampler reported, so a difference between sampler and learner counts as well
     as the updates since; TRL does so too (``off_policy_mask_threshold``), and takes the old log-probabilities where the
-    sampler reports none. A is the mean advantage of the completion. Dropped completions still count in the mean. The
-    paper gives no value for δ.
+    sampler reports none. A token that it gave no number (NaN) counts as unchanged, as in TRL. A is the mean advantage
+    of the completion. Dropped completions still count in the mean. The paper gives no value for δ.
 
     Known failure: what is dropped are the samples that would push hardest; if the sampler lags, little negative signal
     is left. Watch ``off_policy/dropped``.
@@ -183,7 +190,7 @@ def off_policy_mask(loss: PolicyLoss, batch: PolicyGradient, *, off_policy_thres
             "PolicyGradient.sampling_logps_BT is None."
         )
     assert off_policy_threshold is not None  # at its default the modifier is not called
-    drift_B = masked_mean(batch.sampling_logps_BT.detach() - batch.logps_BT.detach(), batch.mask_BT)
+    drift_B = -masked_mean(_above_sampler(batch.logps_BT, batch.sampling_logps_BT, batch.mask_BT), batch.mask_BT)
     bad_B = masked_sum(batch.advantages_BT.detach(), batch.mask_BT) < 0
     drop_B = bad_B & (drift_B > off_policy_threshold)
     out = loss(batch)

@@ -51,6 +51,9 @@ def sequence_ratio_loss(
     return LossOut(-objective_BT, ratio_metrics(log_ratio_BT, safe_exp(log_ratio_B), clip_BT))
 
 
+PAPER_CLIP, PAPER_CLIP_HIGH = 3e-4, 4e-4  # of GSPO
+
+
 @register_loss(paper="arXiv:2402.14740", count="row", reference=False, refuses=WHOLE)
 def sequence_surrogate(
     batch: PolicyGradient, *, clip: NotNegative = 0.2, clip_high: NotNegative | None = None
@@ -93,8 +96,8 @@ def sequence_surrogate(
 def gspo(
     batch: PolicyGradient,
     *,
-    clip: NotNegative = 3e-4,
-    clip_high: NotNegative | None = 4e-4,
+    clip: NotNegative = PAPER_CLIP,
+    clip_high: NotNegative | None = None,
     per_token: bool = False,
 ) -> LossOut:
     """Group sequence policy optimization: the clipped surrogate with one length-normalised ratio per completion.
@@ -105,8 +108,8 @@ def gspo(
     Args:
         batch: sampled completions, (B, T): log-probabilities under the policy and under the one that sampled them, in
             nats, and advantages, in reward units or standardised.
-        clip: ε, how far the ratio may fall; and rise, unless ``clip_high`` says otherwise.
-        clip_high: ε_high, how far the ratio may rise. None: as ``clip``.
+        clip: ε, how far the ratio may fall.
+        clip_high: ε_high, how far the ratio may rise. None: the paper's 4e-4 beside its ``clip``, else as ``clip``.
         per_token: GSPO-token, s_t = sg(s) π(y_t) / sg(π(y_t)): the same value, but each token's gradient has its own
             advantage. It differs from False only where the advantages of a completion differ.
 
@@ -130,6 +133,8 @@ def gspo(
     >>> gspo(batch, clip_high=0.5).loss  # s = exp(0.2) = 1.22
     tensor([[-2.4428, -2.4428]])
     """
+    if clip_high is None and clip == PAPER_CLIP:
+        clip_high = PAPER_CLIP_HIGH
     return sequence_ratio_loss(batch, clip, clip_high, per_token)
 
 
@@ -221,7 +226,7 @@ def vespo(
     lambda_neg: NotNegative = 2.0,
     correction: Correction = "none",
     correction_max: Positive = 3.0,
-    correction_min: float | None = None,
+    correction_min: NotNegative | None = None,
 ) -> LossOut:
     """VESPO: REINFORCE weighted by a smooth kernel of the whole completion's importance weight.
 
@@ -264,7 +269,7 @@ def vespo(
     log_w_B = log_ratio_BT.detach().clamp(-TOKEN_LIMIT, TOKEN_LIMIT).sum(-1)
     if (correction, correction_max, correction_min) != ("none", 3.0, None):
         weight_BT = batch_weights(batch, correction, correction_max, correction_min)
-        log_weight_BT = masked(weight_BT.log().clamp(min=LOG_WEIGHT_MIN), batch.mask_BT)
+        log_weight_BT = masked(weight_BT.log().clamp(LOG_WEIGHT_MIN, TOKEN_LIMIT), batch.mask_BT)
         whole = correction.startswith("sequence")  # then every token has the weight of all of them
         log_w_B = log_w_B + (masked_mean(log_weight_BT, batch.mask_BT) if whole else log_weight_BT.sum(-1))
     log_w_BT = log_w_B.clamp(LOG_WEIGHT_MIN, LOG_WEIGHT_MAX)[:, None].expand_as(log_ratio_BT)

@@ -267,7 +267,8 @@ def lipo(batch: Ranked, *, beta: Positive = 0.1) -> LossOut:
     the ranks τ are those of the list. Pairs of equal score have weight 0.
 
     Known failure: gains are exponential: scores of another scale than 0 to 1, such as 1 to 10, let one completion
-    decide everything. Scale them first. The ranks jump, and the loss with them.
+    decide everything. Those above 57 (in float64: 504), where gains would overflow, count as equal, so a scale of 0 to
+    100 loses its best. Scale them first. The ranks jump, and the loss with them.
 
     Source: Liu et al., LiPO: Listwise Preference Optimization through Learning-to-Rank, arXiv:2402.01878.
 

@@ -114,10 +114,11 @@ def tie_of(batch: Scores, loss: str) -> Tensor:
 def of_outcome(logp_3B: tuple[Tensor, Tensor, Tensor], batch: Scores, loss: str) -> LossOut:
     """-log of the probability of what happened, from those of a win of the first, of the second, and of a tie."""
     win_B, lose_B, tie_B = logp_3B
-    probability_B = first_is_better(batch)
+    tied_B = tie_of(batch, loss)
+    probability_B = first_is_better(batch).masked_fill(tied_B, 1.0)  # of a tie it may be missing, NaN
     decided_B = probability_B * win_B + (1 - probability_B) * lose_B
     metrics = {**reward_metrics(batch), "probs/tie": tie_B.detach().exp()}
-    return LossOut(-torch.where(tie_of(batch, loss), tie_B, decided_B), metrics)
+    return LossOut(-torch.where(tied_B, tie_B, decided_B), metrics)
 
 
 def davidson_logps(difference_B: Tensor, nu: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prefzoo.losses.base import register_loss
 from prefzoo.records import LossOut, Unpaired, masked_sum
-from prefzoo.registry import Positive, UsageError
+from prefzoo.registry import NotNegative, Positive, UsageError
 
 
 def kto_baseline(ratio_B: Tensor) -> Tensor:
@@ -18,12 +18,13 @@ def kto_baseline(ratio_B: Tensor) -> Tensor:
         ratio_B: log-ratios log π(y')/ref(y') of completions y' that belong to *other* prompts, over the whole optimizer
             batch (all micro-batches, all processes).
 
-    It estimates KL(π ‖ ref) from completions that the policy did not sample: biased, so it is clamped at 0.
+    It estimates KL(π ‖ ref) from completions that the policy did not sample: biased, so it is clamped at 0. Of an empty
+    batch it is 0.
 
     >>> kto_baseline(torch.tensor([0.5, -0.1])), kto_baseline(torch.tensor([-0.5, 0.1]))
     (tensor(0.2000), tensor(0.))
     """
-    return ratio_B.detach().mean().clamp(min=0)
+    return (ratio_B.detach().sum() / max(len(ratio_B), 1)).clamp(min=0)
 
 
 def class_midpoint(ratio_B: Tensor, desirable_B: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ def regret(gain_B: Tensor, desirable_B: Tensor, desirable_weight: float, undesir
 
 @register_loss(paper="arXiv:2402.01306", extras=("baseline",))
 def kto(
-    batch: Unpaired, *, beta: Positive = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+    batch: Unpaired, *, beta: Positive = 0.1, desirable_weight: NotNegative = 1.0, undesirable_weight: NotNegative = 1.0
 ) -> LossOut:
     """Kahneman-Tversky optimization: push single completions above or below a reference point, with saturating value.
 
@@ -161,7 +162,7 @@ def kto(
 
 @register_loss(paper="arXiv:2408.06266", recommended={"learning_rate": 1e-6})
 def apo_zero_unpaired(
-    batch: Unpaired, *, beta: Positive = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+    batch: Unpaired, *, beta: Positive = 0.1, desirable_weight: NotNegative = 1.0, undesirable_weight: NotNegative = 1.0
 ) -> LossOut:
     """Anchored preference optimization of single completions: from the reference up or down, as the label says.
 

@@ -7,10 +7,11 @@ import torch
 from prefzoo.losses.base import register_loss
 from prefzoo.losses.numerics import masked
 from prefzoo.records import LossOut, Values
+from prefzoo.registry import NotNegative
 
 
 @register_loss(paper="arXiv:1707.06347")
-def clipped_value(batch: Values, *, clip: float | None = 0.2) -> LossOut:
+def clipped_value(batch: Values, *, clip: NotNegative | None = 0.2) -> LossOut:
     """PPO's value loss: half the squared error, the larger of that of the prediction and of the clipped prediction.
 
         v_clip = v_old + clip(v - v_old, -ε, ε)
@@ -24,8 +25,8 @@ def clipped_value(batch: Values, *, clip: float | None = 0.2) -> LossOut:
         One loss per token, (B, T), in squared reward units, 0 outside the mask. Metrics (B, T): ``value/error`` =
         (v - R)², without the ½; ``value/clip_ratio``, 1 where the clipped error is the larger one (None: 0).
 
-    Convention: the ½ is inside, as in trlx, verl, OpenRLHF and TRL's PPO; baselines that leave it out have our loss
-    twice, so halve their coefficient. The paper has neither ½ nor clipping: ε is OpenAI baselines' practice.
+    Convention: the ½ is inside, as in trlx, verl, OpenRLHF and TRL's former PPO; baselines that leave it out have our
+    loss twice, so halve their coefficient. The paper has neither ½ nor clipping: ε is OpenAI baselines' practice.
 
     Known failure: where returns move by more than ε between updates, the clip holds the critic back; ε is in reward
     units, so it must follow their scale.

@@ -385,7 +385,7 @@ case("a reference that is not there", lambda h: h.train(reference=f"{h.sound}x")
 # Algorithms and options.
 
 case("an unknown algorithm", lambda h: h.train("dop"), "'dop'", "did you mean 'dpo'?")
-case("an algorithm of TRL's that is not here", lambda h: h.train("trl:cpo"), "'trl:cpo'", "not in the zoo yet",
+case("an algorithm of TRL's that is not here", lambda h: h.train("trl:xpo"), "'trl:xpo'", "not in the zoo yet",
      "trl:dpo")
 case("an algorithm that is no name", lambda h: h.train(5), "algorithm", "int")
 case("an unknown option", lambda h: h.train(betta=0.2), "'betta'", "did you mean 'beta'?")

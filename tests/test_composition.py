@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import prefzoo
 from prefzoo.algorithm import ALGORITHMS, Algorithm, Schedule, Stage, Term, create_algorithm, list_algorithms
+from prefzoo.data.samples import Ragged, Samples
 from prefzoo.losses import LOSSES, create_loss, register_loss
 from prefzoo.parts.controllers import AdaptiveKL, FixedKL
 from prefzoo.parts.count import Count
@@ -373,3 +377,33 @@ def test_parts_declare_what_they_need() -> None:
     assert Labels().needs == frozenset() and Verifier().needs == {"reward"} == Reward(0.5).needs
     assert GAE().needs == {"critic", "reference"} and GroupRelative().needs == LeaveOneOut().needs == frozenset()
     assert RotatedBaseline().needs == {"reference"}
+    assert LeaveOneOut(kl=0.1).needs == {"reference"}
+
+
+def test_leave_one_out_of_clipped_and_penalised_rewards() -> None:
+    """By hand: the range first, then the KL of the whole completion, the others' mean, one standard deviation."""
+    g = torch.Generator().manual_seed(0)
+    lengths, prompts = [2, 3, 1, 2, 4, 1, 2, 2], [0, 0, 0, 0, 1, 1, 1, 2]
+    samples = Samples(
+        "completions", Ragged.of([[1], [2], [3]]), Ragged.of([[5] * n for n in lengths]), np.array(prompts)
+    ).with_tokens(old_logps=torch.randn(17, generator=g), ref_logps=torch.randn(17, generator=g))
+    scores = [3.0, -3.0, 0.5, math.nan, 0.2, 0.1, math.nan, 1.0]
+    log_ratios = (samples.tokens["old_logps"] - samples.tokens["ref_logps"]).split(lengths)
+    rewards = [min(max(r, -1.0), 1.0) - 0.1 * float(k.sum()) for r, k in zip(scores, log_ratios, strict=True)]
+    wanted = [0.0] * 8
+    compared = [0, 1, 2, 4, 5]  # the fourth and the seventh have no reward, the last has no other
+    for i in compared:
+        others = [rewards[j] for j in compared if prompts[j] == prompts[i] and j != i]
+        wanted[i] = rewards[i] - sum(others) / len(others)
+    first = [0, 2, 5, 6, 8, 12, 13, 15]  # token of each completion
+    plain = LeaveOneOut(0.1, reward_clip=(-1.0, 1.0))(samples, torch.tensor(scores)).tokens["advantages"]
+    assert plain[first].tolist() == pytest.approx(wanted, abs=1e-5)
+    known = torch.tensor([wanted[i] for i in compared])
+    scaled = torch.zeros(8)
+    scaled[compared] = (known - known.mean()) / (known.std() + 1e-4)
+    white = LeaveOneOut(0.1, normalise=True, reward_clip=(-1.0, 1.0))(samples, torch.tensor(scores))
+    torch.testing.assert_close(white.tokens["advantages"][first], scaled, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="kl is a weight of at least 0"):
+        LeaveOneOut(-0.1)
+    with pytest.raises(UsageError, match="a least and a largest reward"):
+        LeaveOneOut(reward_clip=(1.0, 0.0))

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from prefzoo.data.chat import encode_prompts
-from prefzoo.data.samples import Samples
+from prefzoo.data.samples import Samples, loss_mask
 from prefzoo.data.tokens import segments, tokenise
 from prefzoo.models.load import learn_tokenizer
 from prefzoo.models.tokenizer import end_ids
 from prefzoo.registry import UsageError
-from prefzoo.data.samples import loss_mask
 
 Row = dict[str, Any]
 CHATML = """{%- if tools %}<eos>system: {{ tools | length }} tools, {{ tools[0].function.name }}

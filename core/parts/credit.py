@@ -36,14 +36,44 @@ class GroupRelative:
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """A = R - mean reward of the *other* samples of the prompt (RLOO)."""
+    """A = R - mean R of the *other* samples of the prompt (RLOO).
+
+    ``kl``: R is the reward less so much of log pi(y)/ref(y), summed over tokens; 0: no reference is needed.
+    ``reward_clip``: the reward is clipped to this range first. ``normalise``: advantages are standardised over all
+    samples, (A - mean) / (std + 1e-4).
+    """
+
+    kl: float = 0.0
+    normalise: bool = False
+    reward_clip: tuple[float, float] | None = None
 
     gives = "advantages"
-    needs: frozenset[str] = frozenset()
     smallest_group = 2
 
+    def __post_init__(self) -> None:
+        if self.kl < 0:
+            raise UsageError(f"LeaveOneOut: kl is a weight of at least 0, got {self.kl:g}.")
+        if self.reward_clip is not None and not self.reward_clip[0] < self.reward_clip[1]:
+            raise UsageError(f"LeaveOneOut: reward_clip is a least and a largest reward, got {self.reward_clip}.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({REFERENCE}) if self.kl else frozenset()
+
     def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
-        return _per_token(samples, advantages.leave_one_out(scores_B, torch.from_numpy(samples.prompt_B)))
+        rewards_B = scores_B if self.reward_clip is None else scores_B.clamp(*self.reward_clip)
+        if self.kl:
+            rewards_B = rewards_B - self.kl * sequence_kl(samples)
+        group_B = torch.from_numpy(samples.prompt_B)
+        advantage_B = advantages.leave_one_out(rewards_B, group_B)
+        if self.normalise:
+            known_B = ~rewards_B.isnan()
+            known_P = torch.bincount(group_B, weights=known_B.float())
+            compared_B = known_B & (known_P[group_B] > 1)  # the others have no advantage
+            known = advantage_B[compared_B]
+            scale = known.std() + 1e-4 if len(known) > 1 else 1.0
+            advantage_B = torch.where(compared_B, (advantage_B - known.mean()) / scale, 0.0)
+        return _per_token(samples, advantage_B)
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,15 @@ SEQUENCE = ("sequence_surrogate", "luspo")
 MEAN = ("gspo", "gmpo")
 SURROGATES = (*TOKEN, *SEQUENCE, *MEAN)
 
+NO_CLIP = 1e9  # no ratio of these policies comes near it
 PLAIN: Mapping[str, Mapping[str, Any]] = {"a2c": {"entropy": 0.0}}  # without what is no policy gradient
 UNCLIPPED: Mapping[str, Mapping[str, Any]] = {
-    "clipped_surrogate": {"clip": math.inf},
-    "cispo": {"clip_high": math.inf},
-    "sequence_surrogate": {"clip": math.inf},
-    "gspo": {"clip": math.inf, "clip_high": math.inf},
-    "gmpo": {"clip": math.inf},
-    "luspo": {"clip": math.inf},
+    "clipped_surrogate": {"clip": NO_CLIP},
+    "cispo": {"clip_high": NO_CLIP},
+    "sequence_surrogate": {"clip": NO_CLIP},
+    "gspo": {"clip": NO_CLIP},
+    "gmpo": {"clip": NO_CLIP},
+    "luspo": {"clip": NO_CLIP},
 }
 BASELINE = 0.7
 OFF = 0.3  # how far the older policy is: standard deviation of the change of its logits
@@ -157,12 +158,12 @@ def limits(entry: str) -> Iterator[Finding]:
     rewards_R, old = some_rewards(policy), moved(policy, 0.5)
     if entry == "sapo":
         found = ascent(entry, policy, rewards_R, old=old, temperature_pos=1e-5, temperature_neg=1e-5)
-        free = ascent("clipped_surrogate", policy, rewards_R, old=old, clip=math.inf)
+        free = ascent("clipped_surrogate", policy, rewards_R, old=old, clip=NO_CLIP)
         claim = "temperatures to 0: the gradient of the unclipped surrogate"
         yield Finding(entry, "limit", claim, difference(found, free), 1e-6)
     if entry == "cispo":
-        found = ascent(entry, policy, rewards_R, old=old, clip_high=math.inf)
-        free = ascent("clipped_surrogate", policy, rewards_R, old=old, clip=math.inf)
+        found = ascent(entry, policy, rewards_R, old=old, clip_high=NO_CLIP)
+        free = ascent("clipped_surrogate", policy, rewards_R, old=old, clip=NO_CLIP)
         claim = "without the clip: the gradient of the unclipped surrogate"
         yield Finding(entry, "identity", claim, difference(found, free), EXACT)
         found = ascent(entry, policy, rewards_R, old=old, clip=0.0, clip_high=0.0)
@@ -251,7 +252,7 @@ def corrected(entry: str, policy: EnumerablePolicy, words: str) -> Iterator[Find
     def found(correction: str, **bound: Any) -> Tensor:
         return ascent("reinforce", policy, centred_R, sampling=sampling, correction=correction, **bound)
 
-    free = {"correction_max": math.inf}
+    free = {"correction_max": NO_CLIP}
     yield bias(entry, f"{words}, without correction", found("none"), exact)
     claim = f"{words}, weights per sequence, not bounded: the exact gradient of the mean reward"
     yield Finding(entry, "expectation", claim, difference(found("sequence_truncate", **free), exact), EXACT)
@@ -279,7 +280,7 @@ def sampler_correction(entry: str) -> Iterator[Finding]:
     old = moved(policy, OFF, seed=4)
     whole = ascent(
         "sequence_surrogate", policy, centred_R, old=old, sampling=sampling,
-        clip=math.inf, correction="sequence_mask", correction_max=math.inf,
+        clip=NO_CLIP, correction="sequence_mask", correction_max=NO_CLIP,
     )  # fmt: skip
     claim = (
         "sampler, old policy and policy all different, weights and ratio per sequence, not bounded: the exact gradient"
@@ -296,16 +297,16 @@ def off_policy_mask(entry: str) -> Iterator[Finding]:
     exact = objective_gradient(policy, rewards_R)
 
     def found(credit_R: Tensor, **options: Any) -> Tensor:
-        return ascent("sequence_surrogate", policy, credit_R, old=old, sampling=old, clip=math.inf, **options)
+        return ascent("sequence_surrogate", policy, credit_R, old=old, sampling=old, clip=NO_CLIP, **options)
 
-    measured = difference(found(centred_R, off_policy_threshold=math.inf), exact)
+    measured = difference(found(centred_R, off_policy_threshold=NO_CLIP), exact)
     claim = "no limit, the ratio of whole completions not clipped: the exact gradient of the mean reward"
     yield Finding(entry, "limit", claim, measured, EXACT)
     for threshold in (0.1, 0.0):
         claim = f"samples of a policy {nats(old, policy):.2f} nats away, dropped above {threshold:g} nats per token"
         yield bias(entry, claim, found(centred_R, off_policy_threshold=threshold), exact)
     good_R = rewards_R - rewards_R.min()
-    measured = difference(found(good_R, off_policy_threshold=-1e9), found(good_R))
+    measured = difference(found(good_R, off_policy_threshold=0.0), found(good_R))
     yield Finding(entry, "identity", "where no advantage is negative, it drops nothing", measured, EXACT)
 
 

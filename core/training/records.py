@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,9 @@ def build_record(
         """What every completion has, ranking by ranking."""
         return values.unflatten(0, (-1, samples.width))
 
+    def of_pairs(*names: str) -> dict[str, Any]:
+        return {f"{name}_B": column(name, samples.row_columns) for name in names}
+
     def sides(name: str, values_BT: Tensor | None) -> dict[str, Tensor]:
         if values_BT is None:
             return {}
@@ -99,7 +103,7 @@ def build_record(
         assert scores.rewards_B is not None
         return Scores(
             chosen_B=scores.rewards_B[0::2], rejected_B=scores.rewards_B[1::2],
-            **{f"{name}_B": column(name, samples.row_columns) for name in ("margin", "probability", "tie", "weight")},
+            **of_pairs("margin", "probability", "tie", "weight"),
         )  # fmt: skip
     if family is Values:
         assert scores.values_C is not None
@@ -119,8 +123,8 @@ def build_record(
         return Pairs(
             **sides("{}_logps_BT", logps_BT), **sides("{}_mask_BT", trained_BT), **sides("ref_{}_logps_BT", ref_BT),
             **sides("{}_log_sq_BT", scored(scores.log_sq_C)), **sides("{}_kl_BT", scored(scores.kl_C)), **prompts,
-            **{f"{name}_B": column(name, samples.row_columns) for name in ("margin", "probability", "weight")},
-        )  # type: ignore[arg-type]  # fmt: skip
+            **of_pairs("margin", "probability", "weight"),
+        )  # fmt: skip
     if family is Ranked:
         return Ranked(
             logps_PKT=lists(logps_BT), mask_PKT=lists(trained_BT), valid_PK=lists(mask_BT.any(-1)),

@@ -295,6 +295,16 @@ def check_columns(stage: Stage, samples: Samples, source: str) -> None:
                 )
 
 
+def check_weights(stage: Stage, samples: Samples) -> None:
+    """Refuse weights of rows where a loss has no value of its own for each row."""
+    for loss in (t.loss for t in stage.terms if t.rows == "main"):
+        if "weight" in {**samples.columns, **samples.row_columns} and not loss.by_row:
+            raise UsageError(
+                f"loss {loss.name!r} takes no weights: its values belong to ranks, not to rows. Take the column "
+                "'weight' out, or choose another loss."
+            )
+
+
 def make_engine(
     stage: Stage,
     settings: TrainConfig,
@@ -334,6 +344,7 @@ def make_engine(
     for line in report.lines():
         log.note(line)
     check_columns(stage, samples, report.source)
+    check_weights(stage, samples)
     held = None
     if held_out is not None:
         held, report = tokenise(held_out, tokenizer, stage.source.data, **reading)

@@ -256,6 +256,17 @@ def infinite_branch(batch: Pairs) -> LossOut:
     return LossOut(torch.where(x_B > 50, x_B, x_B.exp().log1p()))
 
 
+@breaks("low_precision", "rounded to float32")
+def where_of_two_numbers(batch: Pairs) -> LossOut:
+    return LossOut(-F.logsigmoid(margin(batch)) * torch.where(margin(batch) > 0, 0.7, 0.3))
+
+
+@breaks("low_precision", "rounded to float32")
+def share_of_counts(batch: Pairs) -> LossOut:
+    share_B = batch.chosen_len_B / (batch.chosen_len_B + batch.rejected_len_B)
+    return LossOut(-F.logsigmoid(margin(batch)) * share_B)
+
+
 @breaks("low_precision", "cancel")
 def cancels(batch: Pairs) -> LossOut:
     return LossOut((margin(batch) + 1e4) - 1e4)

@@ -274,6 +274,18 @@ def test_scales_of_group_relative(seed: int, sample: bool) -> None:
             torch.testing.assert_close(scaled_B[rows], plain_B[rows] / std)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("sample", [True, False])
+def test_of_one_group_the_deviation_of_the_batch_is_that_of_the_group(size: int, sample: bool) -> None:
+    rewards_B = torch.arange(float(size), dtype=torch.float64).square().repeat_interleave(2)[: size + 1]
+    rewards_B[0] = math.nan
+    group_B = torch.full((size + 1,), 8)
+    by_group_B, by_batch_B = (
+        group_relative(rewards_B, group_B, scale=scale, sample=sample, eps=0.5) for scale in ("group", "batch")
+    )
+    torch.testing.assert_close(by_group_B, by_batch_B)
+
+
 def test_idle_options_of_group_relative_are_refused() -> None:
     rewards_B, group_B = groups(0)
     with pytest.raises(UsageError, match="no effect with scale='none'"):
@@ -491,6 +503,30 @@ def test_gae_over_spans_equals_the_sum_over_macro_actions(seed: int, span_value:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("span_value", ["mean", "first"])
+def test_a_hole_parts_no_span_whatever_number_it_has(seed: int, span_value: Literal["mean", "first"]) -> None:
+    rewards_BT, values_BT, mask_BT = token_grid(seed)
+    span_BT = (torch.arange(9) // 4).expand(6, 9)
+    other_BT = torch.where(mask_BT, span_BT, torch.arange(9) + 100)
+    numbers = (span_BT, other_BT)
+    given, renamed = (gae(rewards_BT, values_BT, mask_BT, span_BT=n, span_value=span_value) for n in numbers)
+    for found, expected in zip(renamed, given, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_one_token_and_one_completion() -> None:
+    """The smallest batch: of one token the return is its reward, and one completion alone has nothing to compare."""
+    reward_BT, value_BT = torch.tensor([[3.0]]), torch.tensor([[0.5]])
+    mask_BT, group_B = torch.tensor([[True]]), torch.tensor([4])
+    for span_BT in (None, torch.tensor([[9]])):
+        advantage_BT, return_BT = gae(reward_BT, value_BT, mask_BT, span_BT=span_BT)
+        assert (advantage_BT.tolist(), return_BT.tolist()) == ([[2.5]], [[3.0]])
+    assert all(credit(reward_BT[0], group_B).tolist() == [0.0] for credit in GROUPED.values())
+    assert reinforce_pp(reward_BT[0], value_BT, value_BT, mask_BT).tolist() == [[0.0]]
+    assert best_of_k(reward_BT[0], group_B).tolist() == [0]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_moving_a_reward_within_its_span_changes_nothing(seed: int) -> None:
     rewards_BT, values_BT, _ = token_grid(seed)
     mask_BT = torch.ones(6, 9, dtype=torch.bool)
@@ -576,7 +612,10 @@ def test_whiten(seed: int) -> None:
     assert float(white_BT[mask_BT].std()) == pytest.approx(1, abs=1e-6)
     assert float(whiten(values_BT, mask_BT, unbiased=False)[mask_BT].std(correction=0)) == pytest.approx(1, abs=1e-6)
     assert float(kept_BT[mask_BT].mean()) == pytest.approx(float(values_BT[mask_BT].mean()))
+    assert bool((kept_BT[~mask_BT] == 0).all())
     assert bool((whiten(values_BT, torch.zeros_like(mask_BT)) == 0).all())
+    two_BT = (mask_BT.flatten().cumsum(0) <= 2).view_as(mask_BT) & mask_BT
+    assert float(whiten(values_BT, two_BT, eps=0.0)[two_BT].std()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -252,6 +252,16 @@ def test_functions_of_logits_agree_with_each_other() -> None:
     torch.testing.assert_close(token_logps(logits, tokens), -F.cross_entropy(logits, tokens, reduction="none"))
     uniform = torch.zeros(1, 7)
     torch.testing.assert_close(exact(logits, uniform.expand(5, 7).double()), math.log(7) - entropy(logits))
+    for function in (entropy, log_sum_squares, lambda x: token_logps(x, tokens.expand(x.shape[:-1]))):
+        torch.testing.assert_close(function(logits.expand(2, 3, 5, 7)), function(logits).expand(2, 3, 5))
+
+
+def test_a_forbidden_token_beside_an_enormous_logit_is_finite() -> None:
+    """The difference of the two is beyond float32."""
+    logits = torch.tensor([[1e38, -torch.inf, 0.0]], requires_grad=True)
+    for value in (entropy(logits), exact(logits, logits), log_sum_squares(logits)):
+        assert value.tolist() == [0.0]
+        assert bool(torch.autograd.grad(value.sum(), logits)[0].isfinite().all())
 
 
 # -- offline Q-learning -----------------------------------------------------------------------------------------------
