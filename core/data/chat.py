@@ -94,8 +94,8 @@ def encode_rows(
     alone = _text_ids(tokenizer, [row["prompt"] for row in rows])
     said = [_answers_of(row, sides) for row in rows]
     texts = [row["prompt"] + _closed(tokenizer, a) for row, answers in zip(rows, said, strict=True) for a in answers]
-    whole = iter(_text_ids(tokenizer, texts))
-    each = [list(itertools.islice(whole, len(answers))) for answers in said]
+    rest = iter(_text_ids(tokenizer, texts))
+    each = [list(itertools.islice(rest, len(answers))) for answers in said]
     return [_split(prompt, ids, [None] * len(ids)) for prompt, ids in zip(alone, each, strict=True)]
 
 
