@@ -28,7 +28,7 @@ from prefzoo.models.reference import weights_hash
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.tree import TreeBatch, pack_rows
 from prefzoo.parts.credit import GroupRelative, LeaveOneOut
-from prefzoo.records import RankedScores, Ratings, Scores
+from prefzoo.records import RankedScores, Ratings, Scores, side_of
 from prefzoo.training import NonFiniteError, Run
 from prefzoo.training.engine import Engine
 
@@ -225,7 +225,7 @@ def test_garbage_in_masked_cells_changes_nothing(
         record, fields = engine_module_build(*args), {}
         for key, value in record.tensors().items():
             if key.endswith(("_BT", "_PKT")) and "mask" not in key:
-                side = key.removeprefix("ref_").split("_")[0] + "_" if "chosen" in key or "rejected" in key else ""
+                side = f"{side_of(key)}_" if side_of(key) else ""
                 mask_BT = getattr(record, f"{side}mask_{key.rpartition('_')[2]}")
                 fields[key] = torch.where(mask_BT, value, torch.nan)
                 poisoned_cells += int((~mask_BT).sum())
