@@ -113,6 +113,11 @@ def _not_applicable(task: Task, method: Method) -> str | None:
     made = create_algorithm(method.algorithm, **options)
     if made.trains_reward:
         return "it trains a reward model, not a policy"
+    if made.data == "steps":
+        return "it learns from rated steps, and the task has pairs"
+    scored = made.data == "scored" or any("scores_PK" in t.loss.extras for s in made.stages for t in s.terms)
+    if scored and task.kind == "requests":
+        return "it learns from scores, and the task's answers are compared only"
     if task.kind == "pairs" and any(isinstance(s.feedback, Verifier) for s in made.stages):
         return "the data has preferences but no answers that a verifier could check"
     if task.kind == "sums" and (made.data != "prompts" or not made.stages[0].on_policy):

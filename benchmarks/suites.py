@@ -111,6 +111,7 @@ def requests_task(methods: tuple[Method, ...], **settings: Any) -> Task:
         recipes={
             "pairs": {"learning_rate": 2e-4, "rows_per_step": 32},
             "unpaired": {"learning_rate": 5e-4, "rows_per_step": 64},
+            "rankings": {"learning_rate": 2e-4, "rows_per_step": 32},
             "completions": {"learning_rate": 5e-4, "rows_per_step": 64},
             "rollouts": {"learning_rate": 3e-4, "warmup_steps": 3, "final_learning_rate": 0.2, "max_steps": 40},
         },
@@ -198,6 +199,7 @@ def pairs() -> Suite:
         },
         recipes={
             "pairs": {"learning_rate": 2e-4, "rows_per_step": 16},
+            "rankings": {"learning_rate": 2e-4, "rows_per_step": 16},
             "unpaired": {"learning_rate": 2e-4, "rows_per_step": 32},
             "completions": {"learning_rate": 2e-4, "rows_per_step": 32},
             "rollouts": {"learning_rate": 2e-4, "warmup_steps": 3, "final_learning_rate": 0.2, "max_steps": 20},

@@ -36,6 +36,9 @@ KINDS = ("algorithms", *AROUND)
 LEARNS_FROM = {  # what the data must hold, or can be turned into
     "pairs": "pairs",
     "unpaired": "rated answers",
+    "rankings": "rankings",
+    "scored": "scored answers",
+    "steps": "rated steps",
     "completions": "demonstrations",
     "prompts": "prompts",
 }

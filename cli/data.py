@@ -15,15 +15,15 @@ from prefzoo.cli.training import read_columns
 from prefzoo.data.convert import can_become, convert
 from prefzoo.data.formats import Dataset, load_dataset
 from prefzoo.data.rows import ANSWERS, SIDES, DataType, is_dialogue
-from prefzoo.data.samples import Kind, Samples
+from prefzoo.data.samples import Kind, Samples, offsets_of, sides_of
 from prefzoo.data.tokens import KIND_TO_TYPE, segments, tokenise
 from prefzoo.models.load import load_tokenizer
 from prefzoo.registry import UsageError, suggest
 
 LEARNED = "bold green"
 NATURAL: dict[DataType, Kind] = {  # what is shown of a type when nothing is asked for
-    "preference": "pairs", "ranking": "pairs", "unpaired": "unpaired", "stepwise": "completions",
-    "scored": "completions", "prompt_completion": "completions", "language_modeling": "completions",
+    "preference": "pairs", "ranking": "rankings", "unpaired": "unpaired", "stepwise": "steps", "scored": "scored",
+    "prompt_completion": "completions", "language_modeling": "completions",
     "prompt": "prompts",
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ def show_data(
     Args:
         files: files, folders or hub ids; several are a mixture.
         model: folder or hub id whose tokenizer is used.
-        purpose: an algorithm, or a kind of samples (pairs, unpaired, completions, prompts); None: what the type is for.
+        purpose: an algorithm, or a kind of samples (pairs, rankings, completions, ...); None: what the type is for.
         examples: rows that are shown.
         columns: what the data calls its columns: ``chosen=good,rejected=bad``.
         max_length: of prompt and completion, in tokens; None: 1024.
@@ -110,6 +110,8 @@ def _describe(console: Console, data: Dataset) -> None:
     form = "messages" if is_dialogue(first, data.type) else "text"
     console.print(Text(f"  columns: {', '.join(_ordered(first))} ({form})"))
     uses = [kind for kind, to in KIND_TO_TYPE.items() if data.type in can_become(to) or NATURAL[data.type] == kind]
+    if not {"score", "scores", "score_chosen"} & set(first):
+        uses = [kind for kind in uses if kind != "scored"]
     if data.type == "language_modeling" and form == "text":
         uses = ["completions"]
     console.print(Text(f"  can be used as: {', '.join(uses)}"))
@@ -139,10 +141,10 @@ def _lengths(console: Console, samples: Samples) -> None:
     if samples.kind == "pairs":
         measured |= {"chosen": samples.completions.lengths[0::2], "rejected": samples.completions.lengths[1::2]}
     elif samples.kind != "prompts":
-        measured["completions"] = samples.completions.lengths
+        measured["completions"] = samples.completions.lengths[samples.completions.lengths > 0]
     if "trainable" in samples.tokens:
-        mask_C = samples.tokens["trainable"].numpy()
-        measured["with loss"] = np.add.reduceat(mask_C, samples.completions.offsets[:-1], dtype=np.int64)
+        done = offsets_of(samples.tokens["trainable"].numpy())[samples.completions.offsets]
+        measured["with loss"] = np.diff(done)[samples.completions.lengths > 0]
     for name, lengths in measured.items():
         points = [lengths.min(), np.median(lengths), np.quantile(lengths, 0.95), lengths.max(), lengths.sum()]
         table.add_row(name, *(f"{int(p):,}" for p in points))
@@ -156,10 +158,10 @@ def show_row(console: Console, samples: Samples, tokenizer: Any, row: int) -> No
         return
     first = row * samples.per_row
     prompt = tokenizer.decode(samples.prompts[samples.prompt_B[first]])
-    names = {"pairs": ["chosen", "rejected"], "unpaired": ["completion"], "completions": ["completion"]}[samples.kind]
     console.print(Text(prompt))
-    for offset, name in enumerate(names):
-        b = first + offset
+    for b, name in enumerate(sides_of(samples), first):
+        if not len(samples.completions[b]):  # a shorter ranking
+            continue
         mask = None
         if "trainable" in samples.tokens:
             mask = samples.tokens["trainable"][
@@ -168,6 +170,8 @@ def show_row(console: Console, samples: Samples, tokenizer: Any, row: int) -> No
         label = ""
         if samples.kind == "unpaired":
             label = " (desirable)" if samples.columns["desirable"][b] else " (undesirable)"
+        elif "score" in samples.columns:
+            label = f" (score {samples.columns['score'][b]:g})"
         line = Text.assemble((f"{name}{label}: ", "bold"))
         for text, learned in segments(tokenizer, samples.completions[b].tolist(), mask):
             if console.is_terminal:

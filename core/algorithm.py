@@ -17,7 +17,19 @@ from prefzoo.parts.prelude import PRELUDES, Prelude
 from prefzoo.parts.reference import Moving, Start
 from prefzoo.parts.roles import CRITIC, POLICY, REFERENCE, REWARD
 from prefzoo.parts.source import DatasetRows, Rollouts
-from prefzoo.records import Likelihood, Pairs, PolicyGradient, Record, Scores, Unpaired, Values
+from prefzoo.records import (
+    Likelihood,
+    Pairs,
+    PolicyGradient,
+    Ranked,
+    RankedScores,
+    Ratings,
+    Record,
+    Scores,
+    StepScores,
+    Unpaired,
+    Values,
+)
 from prefzoo.registry import Entry, Registry, UsageError, prefix_of, suggest
 
 Source = DatasetRows | Rollouts
@@ -30,6 +42,10 @@ TAKES: dict[type[Record], str] = {
     Pairs: "pairs",
     Scores: "pairs",
     Unpaired: "unpaired",
+    Ranked: "rankings",
+    RankedScores: "rankings",
+    Ratings: "scored",
+    StepScores: "steps",
     Likelihood: "completions",
     PolicyGradient: "advantages",
     Values: "advantages",
@@ -43,15 +59,24 @@ FILLED: dict[type[Record], frozenset[str]] = {
     }),
     Scores: frozenset({"margin_B", "probability_B", "tie_B", "weight_B"}),
     Unpaired: frozenset({"baseline", "delta", "weight_B"}),
-    Likelihood: frozenset({"weight_B"}),
+    Ranked: frozenset({"scores_PK", "weight_P"}),
+    RankedScores: frozenset({"weight_P"}),
+    Ratings: frozenset({"weight_B"}),
+    StepScores: frozenset({"weight_B"}),
+    Likelihood: frozenset({"scores_B", "weight_B"}),
     PolicyGradient: frozenset({"entropy_BT", "entropy_floor", "sampling_logps_BT"}),
     Values: frozenset(),
 }  # fmt: skip
+# Fields that only one kind of samples has; and what else a kind may be used as.
+ONLY = {"scores_B": "scored"}
+ALSO = {"scored": "completions"}
+SCORED_BY_MODEL: tuple[type[Record], ...] = (Scores, RankedScores, Ratings, StepScores)  # what a reward model learns
 CURES = {
     ("advantages", "rollouts"): "give a credit: GroupRelative(), LeaveOneOut() or GAE()",
     ("completions", "rollouts"): "give the credit BestOfK()",
     ("pairs", "advantages"): "pairs come from DatasetRows('pairs')",
     ("completions", "advantages"): "likelihood takes BestOfK() instead",
+    ("scored", "completions"): "give DatasetRows('scored'), completions with their scores",
     ("advantages", "pairs"): "policy gradients need Rollouts() as the source",
 }
 
@@ -116,8 +141,8 @@ class Stage:
         for term in self.terms:
             check_filled(term.loss)
             have = "completions" if term.rows == "ptx" else gift
-            need = TAKES[term.loss.family]
-            if need != have:
+            need = takes(term.loss)
+            if need not in (have, ALSO.get(have)):
                 cure = CURES.get((need, have), f"choose parts that give {need!r}")
                 maker = (
                     f"credit {type(self.credit).__name__}" if self.credit else f"source {type(self.source).__name__}"
@@ -183,6 +208,11 @@ def untrained(loss: Loss) -> str | None:
     return None
 
 
+def takes(loss: Loss) -> str:
+    """What must be given to a loss: that of its family, or what alone has a field that it needs."""
+    return next((ONLY[e] for e in loss.extras if e in ONLY), TAKES[loss.family])
+
+
 def check_filled(loss: Loss) -> None:
     """Refuse a loss whose records nobody makes: it is a function to call, and no term of a run."""
     why = untrained(loss)
@@ -205,7 +235,7 @@ class Algorithm:
             raise UsageError("Algorithm: give stages, or the parts of a single stage, not both.")
         if not stages:
             if loss is not None:
-                role = REWARD if loss.family is Scores else POLICY
+                role = REWARD if loss.family in SCORED_BY_MODEL else POLICY
                 one_stage["terms"] = (*one_stage.get("terms", ()), Term(loss, count=count, trains=role))
             known = Stage.__dataclass_fields__
             for key in one_stage:
@@ -281,8 +311,7 @@ def _of_loss(loss: Loss) -> Algorithm:
     prelude = next((PRELUDES[e]() for e in loss.extras if e in PRELUDES), None)
     if loss.family is PolicyGradient:
         return Algorithm(source=Rollouts(8), feedback=Reward(), credit=GroupRelative(), loss=loss, prelude=prelude)
-    kind: dict[type[Record], Kind] = {Pairs: "pairs", Scores: "pairs", Unpaired: "unpaired", Likelihood: "completions"}
-    return Algorithm(source=DatasetRows(kind[loss.family]), loss=loss, prelude=prelude)
+    return Algorithm(source=DatasetRows(cast(Kind, takes(loss))), loss=loss, prelude=prelude)
 
 
 def is_algorithm(entry: LossEntry) -> bool:

@@ -66,6 +66,12 @@ class Record:
         return {name: value for name, value in found.items() if value is not None}
 
     @property
+    def weights(self) -> Tensor | None:
+        """The weights of its rows, where it has them."""
+        tensors = self.tensors()
+        return tensors.get("weight_B", tensors.get("weight_P"))
+
+    @property
     def loss_mask_BT(self) -> Tensor | None:
         """The cells that a token loss of this family lives on; of pairs those of the chosen side."""
         tensors = self.tensors()
@@ -300,6 +306,7 @@ class StepScores(Record):
     scores_BT: Tensor
     labels_BT: Tensor
     mask_BT: Tensor
+    weight_B: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

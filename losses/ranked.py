@@ -125,7 +125,10 @@ def all_pairs_dpo(batch: Ranked, *, beta: Positive = 0.1) -> LossOut:
     return LossOut(all_pairs_P(beta * batch.ratio_PK, batch.valid_PK), ranking_metrics(batch, beta))
 
 
-@register_loss(paper="arXiv:2402.05369", recommended={"learning_rate": 1e-6})
+@register_loss(
+    paper="arXiv:2402.05369", recommended={"learning_rate": 1e-6},
+    extras=lambda options: () if options["alpha"] is None else ("scores_PK",),
+)  # fmt: skip
 def nca(batch: Ranked, *, beta: Positive = 0.1, alpha: Positive | None = None) -> LossOut:
     """Noise contrastive alignment: is this completion data or noise? A classifier per completion, not of differences.
 
@@ -165,7 +168,10 @@ def nca(batch: Ranked, *, beta: Positive = 0.1, alpha: Positive | None = None) -
     return LossOut(of_lists(loss_PK, valid_PK), ranking_metrics(batch, beta))
 
 
-@register_loss(paper="arXiv:2402.00856", recommended={"learning_rate": 1e-6})
+@register_loss(
+    paper="arXiv:2402.00856", recommended={"learning_rate": 1e-6},
+    extras=lambda options: () if options["reward_beta"] is None else ("scores_PK",),
+)  # fmt: skip
 def exo(
     batch: Ranked, *, beta: Positive = 0.1, label_smoothing: Share = 1e-3, reward_beta: Positive | None = None
 ) -> LossOut:

@@ -416,7 +416,7 @@ def test_columns_follow_their_rows(words: Any) -> None:
     rows = [{**PAIR, "margin": 1.5, "level": 1}, {**PAIR, "prompt": "x" * 60, "margin": 9.0, "level": 2},
             {"prompt": "hum:", "chosen": " m", "rejected": " n", "margin": 0, "level": 3}]  # fmt: skip
     samples, _ = tokenise(rows, words, "pairs", max_length=30)
-    assert samples.pair_columns["margin"].tolist() == [1.5, 0.0] and samples.extra["level"] == [1, 3]
+    assert samples.row_columns["margin"].tolist() == [1.5, 0.0] and samples.extra["level"] == [1, 3]
     prompts, _ = tokenise(rows, words, "prompts")
     assert prompts.extra["level"] == [1, 2, 3] and prompts.extra["prompt"] == [r["prompt"] for r in rows]
     assert prompts.take([2, 0]).extra["level"] == [3, 1]

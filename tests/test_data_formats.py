@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefzoo.data.convert import can_become, to_implicit
+from prefzoo.data.convert import best_first, can_become, to_implicit
 from prefzoo.data.formats import DataSource, convert, load_dataset, split_by_prompt
 from prefzoo.data.rows import SHAPES, split_characters
 from prefzoo.registry import UsageError
@@ -498,10 +498,10 @@ TYPES = [kind for kind, _ in SHAPES]
 CONVERTIBLE = sorted({(a, to) for to in TYPES for a in can_become(to) if a != to})
 GROUPS = {  # by the compatibility page, and ours beyond it
     "prompt_completion": {"language_modeling", "prompt"},
-    "preference": {"language_modeling", "prompt_completion", "prompt", "unpaired"},
+    "preference": {"ranking", "scored", "language_modeling", "prompt_completion", "prompt", "unpaired"},
     "unpaired": {"language_modeling", "prompt_completion", "prompt"},
     "stepwise": {"language_modeling", "prompt_completion", "prompt", "unpaired"},
-    "ranking": {"preference", "language_modeling", "prompt_completion", "prompt", "unpaired"},
+    "ranking": {"preference", "scored", "language_modeling", "prompt_completion", "prompt", "unpaired"},
     "scored": {"ranking", "preference", "language_modeling", "prompt_completion", "prompt", "unpaired"},
     "language_modeling": {"prompt_completion", "prompt"},
 }
@@ -546,9 +546,29 @@ def test_all_types_say_the_same(a: Any, b: Any, streaming: bool) -> None:
     if (a, b) == ("scored", "preference"):
         expected = [{**row, "score_chosen": 1.0, "score_rejected": 0.5} for row in expected]
     if b == "ranking":
-        expected = [{"prompt": PROMPT, "completions": [" blue", " up"], "scores": [1.0, 0.5], "id": 1}]
+        told = {"scores": [1.0, 0.5]} if a == "scored" else {"ranks": [1, 2]}
+        expected = [{"prompt": PROMPT, "completions": [" blue", " up"], "id": 1, **told}]
+    if b == "scored":  # an order alone is no score
+        expected = []
+        assert list(converted) == [] and len(converted.report.cut) == 1
     assert list(converted) == expected and converted.report.rows == len(expected) and converted.type == b
     assert list(converted) == expected, "and again"
+
+
+def test_pairs_as_rankings_keep_the_choice_whatever_their_scores_say() -> None:
+    rows = [{**EXAMPLE["preference"][0], "score_chosen": c, "score_rejected": r, "margin": 1.0, "weight": 2.0}
+            for c, r in ((0.5, 0.25), (0.25, 0.5))]  # fmt: skip
+    rows.append({**EXAMPLE["preference"][0], "tie": True})
+    ranked = convert(load_dataset(rows), "ranking")
+    whole = {"prompt": PROMPT, "id": 1, "weight": 2.0, "completions": [" blue", " up"], "ranks": [1, 2]}
+    assert ranked.rows == [{**whole, "scores": [0.5, 0.25]}, {**whole, "scores": [0.25, 0.5]}]
+    assert ranked.report.cut == {"ties left out: neither side is the better one": 1}
+    assert [best_first(row) for row in ranked.rows] == [[0, 1], [0, 1]]
+    each = [{"prompt": PROMPT, "id": 1, "weight": 2.0, "completion": c, "score": s}
+            for c, s in ((" blue", 0.5), (" up", 0.25), (" blue", 0.25), (" up", 0.5))]  # fmt: skip
+    scored = convert(load_dataset(rows), "scored")
+    assert scored.rows == each == convert(ranked, "scored").rows
+    assert scored.report.cut == {"pairs left out: no number in score_chosen and score_rejected": 1}
 
 
 @pytest.mark.parametrize("row", [

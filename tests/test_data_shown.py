@@ -73,7 +73,7 @@ def test_on_a_terminal_it_is_coloured(
     ({"loss_on": "all"}, "--loss-on has no effect on text alone"),
     ({"max_length": 9}, "--max-length has no effect on text alone"),
     ({"implicit_prompt": "token"}, "expected 'word' or 'character'"),
-    ({"purpose": "dpoo"}, r"neither a kind of samples.*did you mean 'dpo'"),
+    ({"purpose": "sftt"}, r"neither a kind of samples.*did you mean 'sft'"),
     ({"purpose": "sft", "columns": "prompt"}, "expected OURS=THEIRS"),
     ({"loss_on": "al", "model": MODEL, "columns": "prompt=question"}, "expected 'completion', 'assistant' or 'all'"),
     ({"purpose": "pairs"}, "chosen, id, question, rejected|cannot become|share no prompt"),

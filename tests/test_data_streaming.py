@@ -50,7 +50,7 @@ DIALOGUES = [
 
 
 def facts(samples: Samples) -> dict[str, Any]:
-    tensors = {**samples.columns, **samples.pair_columns, **samples.tokens}
+    tensors = {**samples.columns, **samples.row_columns, **samples.tokens}
     return {
         "kind": samples.kind, "prompts": [samples.prompts[i].tolist() for i in range(len(samples.prompts))],
         "completions": samples.completions.flat.tolist(), "offsets": samples.completions.offsets.tolist(),

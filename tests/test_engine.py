@@ -28,7 +28,7 @@ from prefzoo.models.reference import weights_hash
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.tree import TreeBatch, pack_rows
 from prefzoo.parts.credit import GroupRelative, LeaveOneOut
-from prefzoo.records import Scores
+from prefzoo.records import RankedScores, Ratings, Scores, side_of
 from prefzoo.training import NonFiniteError, Run
 from prefzoo.training.engine import Engine
 
@@ -44,6 +44,15 @@ PAIRS = [
 ]
 TRAINED = {"optimizer": "sgd", "learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": None}
 QUICK = {**TRAINED, "max_steps": 2, "logging_steps": 1, "quiet": True}
+# Where pairs have not what is learned from: scores, and steps.
+DATA = {
+    "rankings": [{"prompt": r["prompt"], "completions": [r["rejected"], r["chosen"], " a c"][: 2 + i % 2],
+                  "scores": [0.1 * i, 1.0, 0.8][: 2 + i % 2]} for i, r in enumerate(PAIRS)],
+    "scored": [{"prompt": r["prompt"], "completion": r[side], "score": 0.1 * i + (side == "chosen")}
+               for i, r in enumerate(PAIRS) for side in ("chosen", "rejected")],
+    "steps": [{"prompt": r["prompt"], "completions": [r["chosen"], r["rejected"]], "labels": [True, i % 2 == 0]}
+              for i, r in enumerate(PAIRS)],
+}  # fmt: skip
 SEVEN = ("dpo", "ipo", "kto", "ppo", "rejection_sampling", "grpo", "rlvr")
 NAMES = prefzoo.list_algorithms()
 ON_POLICY = [name for name in NAMES if create_algorithm(name).stages[0].on_policy]
@@ -70,8 +79,9 @@ class Start:
     words: PreTrainedTokenizerBase
     other: Any  # a reference that is not the start, so that no gradient is zero by chance
 
-    def fit(self, algorithm: str | Algorithm, dataset: Any = PAIRS, **options: Any) -> Run:
+    def fit(self, algorithm: str | Algorithm, dataset: Any = None, **options: Any) -> Run:
         chosen = small(algorithm) if isinstance(algorithm, str) else algorithm
+        dataset = DATA.get(chosen.data, PAIRS) if dataset is None else dataset
         if chosen.stages[0].on_policy:
             options.setdefault("reward", count_a)
         if dataset is PAIRS:
@@ -197,7 +207,12 @@ def fresh(role: str, start: Start) -> Scorer:
     return (new_critic if role == "critic" else new_scorer)(Policy(start.model))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if create_algorithm(n).stages[0].terms[0].loss.family is not Scores])
+def has_cells(name: str) -> bool:
+    """Whether its record has numbers of tokens: most of what reward models learn from has none."""
+    return create_algorithm(name).stages[0].terms[0].loss.family not in (Scores, RankedScores, Ratings)
+
+
+@pytest.mark.parametrize("name", filter(has_cells, NAMES))
 def test_garbage_in_masked_cells_changes_nothing(
     name: str, start: Start, engines: list[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,9 +224,9 @@ def test_garbage_in_masked_cells_changes_nothing(
         nonlocal poisoned_cells
         record, fields = engine_module_build(*args), {}
         for key, value in record.tensors().items():
-            if key.endswith("_BT") and "mask" not in key:
-                side = key.removeprefix("ref_").split("_")[0] + "_" if "chosen" in key or "rejected" in key else ""
-                mask_BT = getattr(record, f"{side}mask_BT")
+            if key.endswith(("_BT", "_PKT")) and "mask" not in key:
+                side = f"{side_of(key)}_" if side_of(key) else ""
+                mask_BT = getattr(record, f"{side}mask_{key.rpartition('_')[2]}")
                 fields[key] = torch.where(mask_BT, value, torch.nan)
                 poisoned_cells += int((~mask_BT).sum())
         return replace(record, **fields)
@@ -325,7 +340,8 @@ HOLDS = {
 }  # fmt: skip
 OF_FAMILY = {
     "Pairs": {"reference"}, "Unpaired": {"reference"}, "Scores": {"reward"}, "PolicyGradient": {"reward"},
-    "Likelihood": set(),
+    "Likelihood": set(), "Ranked": {"reference"}, "RankedScores": {"reward"}, "Ratings": {"reward"},
+    "StepScores": {"reward"},
 }  # fmt: skip
 LIVE = ("tdpo1", "tdpo2")  # they need the reference's distribution, which no stored number has
 

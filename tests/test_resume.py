@@ -38,6 +38,17 @@ PAIRS = [
 ]
 
 
+# Rankings of two to four; solutions of one to three steps.
+RANKED = [
+    {"prompt": row["prompt"], "completions": [row["rejected"], row["chosen"], " well", " who knows"][: 2 + i % 3],
+     "scores": [0.1, 0.9, 0.5, 0.2][: 2 + i % 3]} for i, row in enumerate(PAIRS)
+]  # fmt: skip
+STEPS = [
+    {"prompt": row["prompt"], "completions": [" first", row["chosen"], row["rejected"]][: 1 + i % 3],
+     "labels": [True, True, False][: 1 + i % 3]} for i, row in enumerate(PAIRS)
+]  # fmt: skip
+
+
 @functools.cache
 def start() -> dict[str, Any]:
     words = learn_tokenizer([text for row in PAIRS for text in row.values()], 280)
@@ -177,12 +188,15 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "reward model": ("reward_model", lambda: ROWS),
     "reward model of means": ("reward_model", lambda: ROWS | {"pooling": "mean"}),
     "reward model with adapter": ("reward_model", lambda: ROWS | {"lora": True, "lora_rank": 2}),
+    "rankings": ("pl_dpo", lambda: ROWS | {"dataset": RANKED}),
+    "reward model of rankings": ("plackett_luce", lambda: ROWS | {"dataset": RANKED}),
+    "rated steps": ("process_reward", lambda: ROWS | {"dataset": STEPS}),
     "tied embeddings": ("dpo", lambda: {"model": tied()}),
     "tied embeddings, reward model": ("reward_model", lambda: ROWS | {"model": tied()}),
     "added tokens": ("dpo", lambda: {"added_tokens": ("<a>", "<b>")}),
 }  # fmt: skip
 LONG = ("critic from a reward model with bias", "merged adapter", "reward model with adapter", "reward model of means",
-        "tied embeddings, reward model", "added tokens")  # fmt: skip
+        "tied embeddings, reward model", "added tokens", "reward model of rankings", "rated steps")  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.long if k in LONG else ()) for k in KINDS])

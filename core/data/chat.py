@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +21,16 @@ Ids = list[int]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A row as ids: its prompt, its completions, and for each the tokens that carry loss (None: all)."""
+    """A row as ids: its prompt, its completions, and for each the tokens that carry loss (None: all).
+
+    ``labels``: of a completion in steps, one number per token, which the last token of each step carries.
+    """
 
     prompt: Ids
     completions: list[Ids]
     trained: list[list[bool] | None]
     moved: int = 0  # tokens at the end of the prompt alone that the text with its answer does not have
+    labels: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,9 @@ def encode_rows(
 ) -> list[Encoded | Fault]:
     """Ids of rows of one format, with the tokens that carry loss; a row that cannot be encoded gives its fault.
 
-    ``sides`` are the columns of the completions; none: the rows are prompts. Rows of the type language_modeling
-    (``messages`` or ``text`` and no prompt) become one completion, their "prompt" being what precedes the first
-    token that carries loss.
+    ``sides`` are the columns of the completions (``completions``: a list of them, of any length); none: the rows are
+    prompts. Rows of the type language_modeling (``messages`` or ``text`` and no prompt) become one completion, their
+    "prompt" being what precedes the first token that carries loss.
     """
     if not rows:
         return []
@@ -86,9 +92,47 @@ def encode_rows(
     if not isinstance(rows[0]["prompt"], str):
         return _answers(tokenizer, rows, sides, loss_on)
     alone = _text_ids(tokenizer, [row["prompt"] for row in rows])
-    whole = _text_ids(tokenizer, [row["prompt"] + _closed(tokenizer, row[side]) for row in rows for side in sides])
-    each = (whole[i : i + len(sides)] for i in range(0, len(whole), len(sides)))
-    return [_split(prompt, both, [None] * len(sides)) for prompt, both in zip(alone, each, strict=True)]
+    said = [_answers_of(row, sides) for row in rows]
+    texts = [row["prompt"] + _closed(tokenizer, a) for row, answers in zip(rows, said, strict=True) for a in answers]
+    rest = iter(_text_ids(tokenizer, texts))
+    each = [list(itertools.islice(rest, len(answers))) for answers in said]
+    return [_split(prompt, ids, [None] * len(ids)) for prompt, ids in zip(alone, each, strict=True)]
+
+
+def _answers_of(row: Row, sides: Sequence[str]) -> list[Any]:
+    """The completions of a row, each in a column of its own or all in one."""
+    return row["completions"] if sides == ["completions"] else [row[side] for side in sides]
+
+
+def encode_steps(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Encoded | Fault]:
+    """Ids of rows of the type stepwise: the last token of each step carries loss, and its label.
+
+    The steps are tokenised as one text. A token that reaches from one step into the next ends the earlier one; the last
+    step ends with the token that ends the answer, so that a score read there is the last step's.
+    """
+    if not tokenizer.is_fast:
+        raise UsageError("the labels of steps need a fast tokenizer, which knows where tokens begin.")
+    alone = _text_ids(tokenizer, [row["prompt"] for row in rows])
+    texts = [row["prompt"] + _closed(tokenizer, "".join(row["completions"])) for row in rows]
+    found = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+    encoded: list[Encoded | Fault] = []
+    for row, prompt, ids, raw, spans in zip(
+        rows, alone, _text_ids(tokenizer, texts), found["input_ids"], found["offset_mapping"], strict=True
+    ):
+        skipped = next(i for i in range(len(raw)) if raw[i : i + len(ids)] == ids)  # a BOS token that was doubled
+        starts = [start for start, _ in spans[skipped : skipped + len(ids)]]
+        split = _split(prompt, [ids], [None])
+        shared = len(split.prompt)
+        ends = list(itertools.accumulate(map(len, row["completions"][:-1]), initial=len(row["prompt"])))[1:]
+        places = [bisect.bisect_left(starts, end) - 1 - shared for end in ends] + [len(ids) - 1 - shared]
+        if any(b <= a for a, b in itertools.pairwise([-1, *places])):
+            encoded.append(Fault("two steps that end in one token"))
+            continue
+        mask, labels = [False] * len(split.completions[0]), [0.0] * len(split.completions[0])
+        for place, label in zip(places, row["labels"], strict=True):
+            mask[place], labels[place] = True, float(label)
+        encoded.append(Encoded(split.prompt, split.completions, [mask], split.moved, labels))
+    return encoded
 
 
 def _split(prompt: Ids, whole: Sequence[Ids], trained: Sequence[list[bool] | None]) -> Encoded:
@@ -183,8 +227,9 @@ def _answers(
     found: list[tuple[str, list[_Turns]] | Fault] = []
     for row in rows:
         try:
-            first = row[sides[0]][0]["role"]
-            turns = [_continued(tokenizer, row, row[side]) for side in sides]
+            answers = _answers_of(row, sides)
+            first = answers[0][0]["role"]
+            turns = [_continued(tokenizer, row, answer) for answer in answers]
             found.append((_render_prompt(tokenizer, row, row["prompt"], first), turns))
         except Fault as fault:
             found.append(fault)

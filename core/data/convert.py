@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 from prefzoo.data.rows import ANSWERS, Dataset, DataType, Passes, Report, Row, digest, lookalikes
@@ -87,13 +88,23 @@ def _right_steps(row: Row, report: Report) -> Iterable[Row]:
         yield from _desirable(whole, report)
 
 
-def scores_of(row: Row) -> list[float]:
-    """Scores of the completions of a ranking, a higher one better."""
-    return row["scores"] if row.get("scores") is not None else [-float(r) for r in row["ranks"]]
+def worth_of(row: Row) -> list[float]:
+    """What orders the completions of a ranking, a higher one better: its ranks where it has them, else its scores."""
+    return [-float(r) for r in row["ranks"]] if row.get("ranks") is not None else row["scores"]
+
+
+def best_first(row: Row) -> list[int]:
+    """The completions of a ranking from the best to the worst; equal ones keep their order.
+
+    >>> best_first({"scores": [0.1, 0.9, 0.5, 0.9]})
+    [1, 3, 2, 0]
+    """
+    worth = worth_of(row)
+    return sorted(range(len(worth)), key=lambda i: -worth[i])
 
 
 def _all_pairs(row: Row, report: Report) -> Iterable[Row]:
-    rest, scores = _without(row, "completions", "scores", "ranks"), scores_of(row)
+    rest, scores = _without(row, "completions", "scores", "ranks"), worth_of(row)
     if len(set(scores)) < 2:
         report.cut["prompts left out: no two answers of different score"] += 1
         return
@@ -104,18 +115,19 @@ def _all_pairs(row: Row, report: Report) -> Iterable[Row]:
             report.cut["pairs of equal score left out"] += 1
         else:
             win, lose = (i, j) if scores[i] > scores[j] else (j, i)
-            known = {} if row.get("scores") is None else {"score_chosen": scores[win], "score_rejected": scores[lose]}
+            given = row.get("scores")
+            known = {} if given is None else {"score_chosen": given[win], "score_rejected": given[lose]}
             yield {**rest, "chosen": row["completions"][win], "rejected": row["completions"][lose], **known}
 
 
 def _best(row: Row, report: Report) -> Iterable[Row]:
-    scores = scores_of(row)
+    scores = worth_of(row)
     rest = _without(row, "completions", "scores", "ranks")
     yield {**rest, "completion": row["completions"][scores.index(max(scores))]}
 
 
 def _best_and_worst(row: Row, report: Report) -> Iterable[Row]:
-    rest, scores = _without(row, "completions", "scores", "ranks"), scores_of(row)
+    rest, scores = _without(row, "completions", "scores", "ranks"), worth_of(row)
     best, worst = scores.index(max(scores)), scores.index(min(scores))
     if scores[best] == scores[worst]:
         report.cut["prompts left out: no two answers of different score"] += 1
@@ -124,9 +136,46 @@ def _best_and_worst(row: Row, report: Report) -> Iterable[Row]:
     yield {**rest, "completion": row["completions"][worst], "label": False}
 
 
+def _scores_of_pair(row: Row) -> list[float] | None:
+    """What the columns ``score_chosen`` and ``score_rejected`` say, where both hold a number."""
+    scores = [row.get("score_chosen"), row.get("score_rejected")]
+    told = all(isinstance(s, int | float) and not isinstance(s, bool) and math.isfinite(s) for s in scores)
+    return [float(s) for s in scores if s is not None] if told else None
+
+
+def _of_two(row: Row, report: Report) -> Iterable[Row]:
+    """A pair as a ranking. The order is the choice, whatever its scores say."""
+    if row.get("tie"):
+        report.cut["ties left out: neither side is the better one"] += 1
+        return
+    scores = _scores_of_pair(row)
+    known = {} if scores is None else {"scores": scores}
+    rest = _without(row, "chosen", "rejected", *JUDGED)
+    yield {**rest, "completions": [row["chosen"], row["rejected"]], "ranks": [1, 2], **known}
+
+
+def _scored_sides(row: Row, report: Report) -> Iterable[Row]:
+    scores = _scores_of_pair(row)
+    if scores is None:
+        report.cut["pairs left out: no number in score_chosen and score_rejected"] += 1
+        return
+    for side, score in zip(("chosen", "rejected"), scores, strict=True):
+        yield {**_without(row, "chosen", "rejected", *JUDGED), "completion": row[side], "score": score}
+
+
+def _each(row: Row, report: Report) -> Iterable[Row]:
+    if row.get("scores") is None:
+        report.cut["rankings left out: ranks, but no scores"] += 1
+        return
+    rest = _without(row, "completions", "scores", "ranks")
+    yield from ({**rest, "completion": c, "score": s} for c, s in zip(row["completions"], row["scores"], strict=True))
+
+
 STEPS: dict[tuple[DataType, DataType], Give] = {
     ("preference", "prompt_completion"): _chosen,
     ("preference", "unpaired"): _both_sides,
+    ("preference", "ranking"): _of_two,
+    ("preference", "scored"): _scored_sides,
     ("preference", "prompt"): _prompt,
     ("unpaired", "prompt_completion"): _desirable,
     ("unpaired", "prompt"): _prompt,
@@ -140,6 +189,7 @@ STEPS: dict[tuple[DataType, DataType], Give] = {
     ("ranking", "preference"): _all_pairs,
     ("ranking", "prompt_completion"): _best,
     ("ranking", "unpaired"): _best_and_worst,
+    ("ranking", "scored"): _each,
     ("ranking", "prompt"): _prompt,
     ("scored", "prompt"): _prompt,
 }
@@ -158,8 +208,9 @@ def can_become(to: DataType) -> list[DataType]:
 def convert(data: Dataset, to: DataType) -> Dataset:
     """The same data as another type.
 
-    Pairs become chosen answers, desirable and undesirable rows, or prompts; rankings become all their pairs of
-    different score, the best answer, or the best and the worst; scored answers are grouped by prompt into rankings.
+    Pairs become chosen answers, desirable and undesirable rows, rankings of two, or prompts; rankings become all their
+    pairs of different score, the best answer, or the best and the worst; scored answers are grouped by prompt into
+    rankings. Where pairs or rankings have scores, they become scored answers.
     Rows made from one stay neighbours: the training order is shuffled by (seed, epoch) anyway, so classes mix.
     """
     if data.type == to:

@@ -365,21 +365,24 @@ def _answers(row: Row, kind: DataType, where: str) -> None:
         row["score"] = _number(row["score"], "score", where)
     if kind not in ("stepwise", "ranking"):
         return
-    values = "labels" if kind == "stepwise" else "scores" if row.get("scores") is not None else "ranks"
-    for column in ("completions", values):
+    named = ("labels",) if kind == "stepwise" else ("scores", "ranks")
+    given = [column for column in named if row.get(column) is not None] or [named[-1]]
+    for column in ("completions", *given):
         if row.get(column) is None:
             raise Fault(f"{column} is null")
         if not isinstance(row[column], list | tuple):
             raise UsageError(f"{where}, column {column!r}: expected a list, got {show(row[column])}.")
-    if len(row["completions"]) != len(row[values]):
-        raise Fault(f"another number of {values} than of completions")
+    for values in given:
+        if len(row["completions"]) != len(row[values]):
+            raise Fault(f"another number of {values} than of completions")
     if any(c is None for c in row["completions"]):
         raise Fault("a completion is null")
     row["completions"] = [_side(c, f"{where}, column 'completions'") for c in row["completions"]]
     if kind == "stepwise" and not all(isinstance(c, str) for c in row["completions"]):
         raise UsageError(f"{where}, column 'completions': steps are text, got messages.")
-    read = {"labels": _truth, "scores": _number, "ranks": _rank}[values]
-    row[values] = [read(v, values, where) for v in row[values]]
+    read: dict[str, Callable[[Any, str, str], Any]] = {"labels": _truth, "scores": _number, "ranks": _rank}
+    for values in given:
+        row[values] = [read[values](v, values, where) for v in row[values]]
     if not row["completions"] or any(map(says_nothing, row["completions"])):
         raise Fault("an empty completion")
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Kind = Literal["prompts", "completions", "unpaired", "pairs"]
+Kind = Literal["prompts", "completions", "unpaired", "pairs", "rankings", "scored", "steps"]
+PER_ROW: dict[Kind, int] = {"prompts": 0, "completions": 1, "unpaired": 1, "pairs": 2, "scored": 1, "steps": 1}
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
 class Samples:
     """Prompts, their completions, and columns.
 
-    ``kind`` says what a row is: a prompt, a completion, a labelled completion, or a pair (the completions ``2i`` and
-    ``2i + 1`` are the chosen and the rejected one of pair i). ``prompt_B`` is the prompt of each completion.
-    ``columns`` are per completion (B,) (``label``, ``score``, ``finished``, ...), ``pair_columns`` per row of pairs,
-    ``tokens`` per completion token, flat (C,) in the order of ``completions.flat`` (``old_logps``, ``ref_logps``,
-    ``advantages``, ...). ``extra`` holds the user's other columns, one value per prompt, for reward functions.
+    ``kind`` says what a row is: a prompt, a completion, one with a score, one with a label, one whose steps have
+    labels, a pair (the completions ``2i`` and ``2i + 1`` are the chosen and the rejected one of pair i), or a ranking
+    (``width`` completions, best first; a shorter one ends with empty completions, which are not there). ``prompt_B`` is
+    the prompt of each completion. ``columns`` are per completion (B,) (``desirable``, ``score``, ``finish``, ...),
+    ``row_columns`` per row of pairs or rankings, ``tokens`` per completion token, flat (C,) in the order of
+    ``completions.flat`` (``old_logps``, ``ref_logps``, ``advantages``, ...). ``extra`` holds the user's other columns,
+    one value per prompt, for reward functions.
     """
 
     kind: Kind
@@ -96,14 +99,15 @@ class Samples:
     completions: Ragged
     prompt_B: np.ndarray
     columns: Mapping[str, Tensor] = field(default_factory=dict)
-    pair_columns: Mapping[str, Tensor] = field(default_factory=dict)
+    row_columns: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    width: int = 0  # completions of a ranking, those that are not there included
 
     @property
     def per_row(self) -> int:
         """Completions of a row."""
-        return {"prompts": 0, "completions": 1, "unpaired": 1, "pairs": 2}[self.kind]
+        return PER_ROW.get(self.kind, self.width)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -124,9 +128,10 @@ class Samples:
             completions=self.completions.take(completions),
             prompt_B=prompt_B.reshape(-1),
             columns={k: v[where] for k, v in self.columns.items()},
-            pair_columns={k: v[torch.from_numpy(rows)] for k, v in self.pair_columns.items()},
+            row_columns={k: v[torch.from_numpy(rows)] for k, v in self.row_columns.items()},
             tokens={k: v[token_positions] for k, v in self.tokens.items()},
             extra=_take_lists(self.extra, prompts),
+            width=self.width,
         )
 
     def with_tokens(self, **tokens: Tensor) -> Samples:
@@ -137,10 +142,10 @@ class Samples:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it but ``extra`` as tensors by name, for a checkpoint."""
-        arrays = {"prompt_B": self.prompt_B}
+        arrays = {"prompt_B": self.prompt_B, "width": np.asarray(self.width)}
         for name, ragged in (("prompts", self.prompts), ("completions", self.completions)):
             arrays |= {f"{name}.flat": ragged.flat, f"{name}.offsets": ragged.offsets}
-        groups = (("columns", self.columns), ("pair_columns", self.pair_columns), ("tokens", self.tokens))
+        groups = (("columns", self.columns), ("row_columns", self.row_columns), ("tokens", self.tokens))
         columns = {f"{group}.{k}": v for group, values in groups for k, v in values.items()}
         return {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()} | columns
 
@@ -157,7 +162,8 @@ class Samples:
         )
         return cls(
             kind, prompts, completions, tensors["prompt_B"].numpy(),
-            columns=columns("columns."), pair_columns=columns("pair_columns."), tokens=columns("tokens."),
+            columns=columns("columns."), row_columns=columns("row_columns."), tokens=columns("tokens."),
+            width=int(tensors["width"]),
         )  # fmt: skip
 
     @classmethod
@@ -174,8 +180,8 @@ class Samples:
             Ragged.concatenate([p.prompts for p in parts]),
             Ragged.concatenate([p.completions for p in parts]),
             np.concatenate([p.prompt_B + start for p, start in zip(parts, before[:-1], strict=True)]),
-            columns=joined("columns"), pair_columns=joined("pair_columns"), tokens=joined("tokens"),
-            extra={k: [value for p in parts for value in p.extra[k]] for k in first.extra},
+            columns=joined("columns"), row_columns=joined("row_columns"), tokens=joined("tokens"),
+            extra={k: [value for p in parts for value in p.extra[k]] for k in first.extra}, width=first.width,
         )  # fmt: skip
 
     def as_prompts(self) -> Samples:
@@ -190,6 +196,13 @@ class Samples:
     def padded(self, flat_C: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """Scatter one value per completion token into (B, T); zeros elsewhere."""
         return scatter(flat_C, self.mask_BT().to(flat_C.device) if mask_BT is None else mask_BT)
+
+
+def sides_of(samples: Samples) -> list[str]:
+    """What the completions of a row are called."""
+    if samples.kind == "rankings":
+        return [f"completion {rank + 1}" for rank in range(samples.width)]
+    return ["chosen", "rejected"] if samples.kind == "pairs" else ["completion"] * samples.per_row
 
 
 def scatter(flat_C: Tensor, mask_BT: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pickle
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prefzoo.data.chat import Encoded, LossOn, encode_prompts, encode_rows, encode_sides
+from prefzoo.data.chat import Encoded, LossOn, encode_prompts, encode_rows, encode_sides, encode_steps
+from prefzoo.data.convert import best_first, worth_of
 from prefzoo.data.formats import Dataset, DataType, Report, convert, load_dataset
 from prefzoo.data.rows import CONTENT, Fault, Row, asks, is_dialogue
-from prefzoo.data.samples import Kind, Ragged, Samples
+from prefzoo.data.samples import Kind, Ragged, Samples, offsets_of
 from prefzoo.data.store import MARK, Column, Store, Stored
 from prefzoo.models.tokenizer import end_ids
 from prefzoo.registry import UsageError
@@ -35,18 +36,27 @@ KIND_TO_TYPE: dict[Kind, DataType] = {
     "completions": "prompt_completion",
     "unpaired": "unpaired",
     "pairs": "preference",
+    "rankings": "ranking",
+    "scored": "scored",
+    "steps": "stepwise",
 }
 SIDES: dict[Kind, list[str]] = {
     "prompts": [],
     "completions": ["completion"],
     "unpaired": ["completion"],
     "pairs": ["chosen", "rejected"],
+    "rankings": ["completions"],
+    "scored": ["completion"],
+    "steps": ["completions"],
 }
 NUMBERS: dict[Kind, tuple[str, ...]] = {  # the user's columns that losses read
     "prompts": (),
     "completions": ("weight",),
     "unpaired": ("weight",),
     "pairs": ("margin", "probability", "weight", "score_chosen", "score_rejected"),
+    "rankings": ("weight",),
+    "scored": ("weight", "score"),
+    "steps": ("weight",),
 }
 TOLD = ("margin", "probability", "weight")  # of every row or of none
 BLOCK = 512  # rows that are tokenised together; no more are in memory when streaming
@@ -122,6 +132,8 @@ def _as_kind(data: Dataset, kind: Kind, loss_on: LossOn | None) -> Dataset:
             )
         if loss_on == "all" and kind != "completions":
             raise UsageError(f"{name} has no meaning for {kind}: answers are compared, and all have the same prompt.")
+        if kind == "steps":
+            raise UsageError(f"{name} has no effect on steps: the last token of each carries the loss.")
     if lm:
         return data
     return convert(data, "language_modeling" if kind == "completions" and loss_on in ("assistant", "all") else to)
@@ -135,7 +147,10 @@ def _write(writer: _Writer, loss_on: LossOn | None, converted: bool) -> Stored:
             sides = SIDES[writer.kind]
             if data.type == "language_modeling":
                 sides = ["messages" if "messages" in block[0][1] else "text"]
-            writer.add(block, encode_rows(writer.tokenizer, [row for _, row in block], sides, loss_on))
+            said = [row for _, row in block]
+            steps = writer.kind == "steps"
+            writer.add(block, encode_steps(writer.tokenizer, said) if steps
+                       else encode_rows(writer.tokenizer, said, sides, loss_on))  # fmt: skip
         if converted:
             writer.report.add(data.report)
         return store.close(writer.facts())
@@ -172,7 +187,17 @@ class _Writer:
                 self.report.cut["ties left out: davidson and rao_kupper learn from them"] += 1
                 continue
             try:
-                kept.append((number, row, self._cut(found)))
+                cut = self._cut(found)
+                if self.kind == "rankings":
+                    row, cut = self._ranked(row, cut)
+                    different = len(set(worth_of(row)))
+                    if different < 2:
+                        self.report.cut["prompts left out: no two answers of different score"] += 1
+                        continue
+                    if different < len(cut.completions):
+                        equal = "rankings with completions of equal score, which keep the order of the data"
+                        self.report.notes[equal] += 1
+                kept.append((number, row, cut))
             except Fault as fault:
                 shown = repr(str(asks(row, self.data.type))[:100])
                 if self.strict:
@@ -213,7 +238,22 @@ class _Writer:
                 if doubled
                 else "prompts begin without the BOS token that plain text gets: the chat template writes none"
             ] += 1
-        return Encoded(found.prompt, [ids[:room] for ids in found.completions], trained)
+        labels = found.labels and found.labels[:room]
+        return Encoded(found.prompt, [ids[:room] for ids in found.completions], trained, labels=labels)
+
+    def _ranked(self, row: Row, found: Encoded) -> tuple[Row, Encoded]:
+        """The different completions of a ranking, best first."""
+        order: list[int] = []
+        for i in best_first(row):
+            if any(found.completions[i] == found.completions[j] for j in order):
+                self.report.cut["completions left out that are identical to a better one of their list"] += 1
+            else:
+                order.append(i)
+        if len(order) < 2:
+            raise Fault("fewer than two different completions")
+        given = {name: [row[name][i] for i in order] for name in ("scores", "ranks") if row.get(name) is not None}
+        cut = Encoded(found.prompt, [found.completions[i] for i in order], [found.trained[i] for i in order])
+        return {**row, **given}, cut
 
     def _store(self, kept: Sequence[tuple[int, Row, Encoded]]) -> None:
         new: list[tuple[int, Row, Encoded]] = []
@@ -235,6 +275,11 @@ class _Writer:
         add("trainable", np.concatenate(masks) if masks else [], "bool")
         if self.kind == "unpaired":
             add("desirable", [row["label"] for _, row, _ in kept], "bool")
+        if self.kind == "steps":
+            add("labels", [label for _, _, e in kept for label in e.labels or ()], "float32")
+        if self.kind == "rankings":
+            add("ranked", [len(e.completions) for _, _, e in kept], "int64")
+            add("score", [score for number, row, e in kept for score in self._scores(number, row, e)], "float32")
         for name in NUMBERS[self.kind]:
             add(name, [self._number(name, number, row) for number, row, _ in kept], "float32")
         if self.ties:
@@ -245,6 +290,14 @@ class _Writer:
         if self.data.streamed:
             held = [{**_users(row), "prompt": asks(row, self.data.type)} for _, row, _ in new]
             self.store.add_ragged("extra", [np.frombuffer(pickle.dumps(h), np.uint8) for h in held], "uint8")
+
+    def _scores(self, number: int, row: Row, found: Encoded) -> list[float]:
+        """Of a ranking, one number for each completion."""
+        if row.get("scores") is not None:
+            self.has.add("score")
+            return row["scores"]
+        self.lacks.setdefault("score", number + 1)
+        return [float("nan")] * len(found.completions)
 
     def _number(self, name: str, number: int, row: Row) -> float:
         value = row.get(name)
@@ -299,9 +352,35 @@ def _samples(stored: Stored, data: Dataset, kind: Kind) -> Samples:
     numbers = {name: torch.from_numpy(arrays[name]) for name in facts["numbers"]}
     labels = {"desirable": torch.from_numpy(arrays["desirable"])} if kind == "unpaired" else {}
     tokens: dict[str, Tensor] = {"trainable": torch.from_numpy(arrays["trainable"])} if facts["partly"] else {}
+    if kind == "steps":
+        tokens["labels"] = torch.from_numpy(arrays["labels"])
+    completions, prompt_B = stored.ragged("completions"), np.asarray(arrays["prompt_B"])
+    if kind == "rankings":
+        return _rankings(prompts, completions, prompt_B, arrays["ranked"], numbers, tokens, extra)
+    of_sides = kind == "pairs"
     return Samples(
-        kind, prompts, stored.ragged("completions"), np.asarray(arrays["prompt_B"]), tokens=tokens, extra=extra,
-        columns=labels if kind == "pairs" else {**labels, **numbers}, pair_columns=numbers if kind == "pairs" else {},
+        kind, prompts, completions, prompt_B, tokens=tokens, extra=extra,
+        columns=labels if of_sides else {**labels, **numbers}, row_columns=numbers if of_sides else {},
+    )  # fmt: skip
+
+
+def _rankings(
+    prompts: Ragged, completions: Ragged, prompt_B: np.ndarray, ranked: np.ndarray, numbers: Mapping[str, Tensor],
+    tokens: Mapping[str, Tensor], extra: Mapping[str, Sequence[Any]],
+) -> Samples:  # fmt: skip
+    """Rankings of one width: shorter ones end with empty completions, whose score is 0."""
+    width = int(ranked.max())
+    there = (np.arange(width) < ranked[:, None]).reshape(-1)
+    lengths = np.zeros(len(there), dtype=np.int64)
+    lengths[there] = completions.lengths
+    row_columns = dict(numbers)
+    columns = {}
+    if "score" in row_columns:
+        columns["score"] = torch.zeros(len(there)).masked_scatter(torch.from_numpy(there), row_columns.pop("score"))
+    first = offsets_of(ranked)[:-1]
+    return Samples(
+        "rankings", prompts, Ragged(completions.flat, offsets_of(lengths)), np.repeat(prompt_B[first], width),
+        columns=columns, row_columns=row_columns, tokens=tokens, extra=extra, width=width,
     )  # fmt: skip
 
 

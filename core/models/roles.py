@@ -28,6 +28,7 @@ class Scores:
     kl_C: Tensor | None = None
     prompt_logps_R: Tensor | None = None
     values_C: Tensor | None = None
+    steps_C: Tensor | None = None
     rewards_B: Tensor | None = None
 
 
@@ -194,8 +195,8 @@ class Scorer(Role):
     """A causal trunk with a scalar head: a reward model (``rewards_B``) or a critic (``values_C``).
 
     A reward is read from the states of the completion's own tokens: of its last one (``last``), or of all of them
-    (``mean``). A value is read before each token, from the state that predicts it. ``offset`` and ``scale`` standardise
-    rewards: reward = (raw - offset) / scale.
+    (``mean``). A value is read before each token, from the state that predicts it; the score of a step (``steps_C``) at
+    each token, from its own state. ``offset`` and ``scale`` standardise rewards: reward = (raw - offset) / scale.
     """
 
     offset: Tensor
@@ -209,17 +210,18 @@ class Scorer(Role):
         self.register_buffer("offset", torch.zeros((), device=head.weight.device))
         self.register_buffer("scale", torch.ones((), device=head.weight.device))
 
-    def forward(self, tree: TreeBatch, *, values: bool = False) -> Scores:
+    def forward(self, tree: TreeBatch, *, values: bool = False, steps: bool = False) -> Scores:
         hidden = run_trunk(self.trunk, tree)
         if values:
             return Scores(values_C=self._read(hidden[tree.predict_C]))
+        steps_C = (self._read(hidden[tree.own_C]) - self.offset) / self.scale if steps else None
         if self.pooling == "last":
             raw_B = self._read(hidden[tree.last_B])
         else:
             raw_C = self._read(hidden[tree.own_C])
             total_B = raw_C.new_zeros(len(tree.mask_BT)).index_add(0, tree.owner_C, raw_C)
             raw_B = total_B / tree.mask_BT.sum(-1).clamp(min=1)
-        return Scores(rewards_B=(raw_B - self.offset) / self.scale)
+        return Scores(rewards_B=(raw_B - self.offset) / self.scale, steps_C=steps_C)
 
     @property
     def packed(self) -> bool:

@@ -124,8 +124,10 @@ class PaddedRows:
     def of(cls, segments: Segments, device: torch.device) -> PaddedRows:
         length, start = segments.length, segments.start
         leaves = np.flatnonzero(~segments.is_root)
-        childless = np.setdiff1d(np.flatnonzero(segments.is_root), segments.parent)
-        above = np.concatenate([segments.parent, childless])
+        there = length[leaves] > 0  # an empty completion is read at its prompt's end
+        leaves, parent = leaves[there], segments.parent[there]
+        childless = np.setdiff1d(np.flatnonzero(segments.is_root), parent)
+        above = np.concatenate([parent, childless])
         own = np.concatenate([leaves, childless])
         size = np.concatenate([length[leaves], np.zeros_like(childless)])
         where = np.empty(start[-1], dtype=np.int64)
@@ -162,7 +164,7 @@ class TreeBatch:
     own_C: Tensor  # position of completion token c itself
     target_C: Tensor
     owner_C: Tensor  # completion that token c belongs to, in the order of the samples
-    last_B: Tensor  # position of each completion's last token
+    last_B: Tensor  # position of each completion's last token; of an empty one, of its prompt's
     mask_BT: Tensor
     plan: AttentionPlan
     segments: Segments
@@ -234,7 +236,7 @@ class TreeBatch:
             own_C=to(own),
             target_C=to(np.asarray(completions.flat, dtype=np.int64)),
             owner_C=to(np.repeat(np.arange(B), lengths_B)),
-            last_B=to((leaf_start + leaf_length - 1)[back]),
+            last_B=to(np.where(leaf_length > 0, leaf_start + leaf_length - 1, prompt_end)[back]),
             mask_BT=to(mask),
             plan=_plan(length, start, is_root, parent, positions_N),
             segments=Segments(length, start, is_root, parent),
@@ -307,24 +309,26 @@ def micro_batches(samples: Samples, token_budget: int, share_prompts: bool = Tru
 
     First fit, longest first. A tree larger than the budget repeats its prompt; a row larger than it is a batch of
     its own. Rows stay in their order inside a batch. Deterministic. Without ``share_prompts`` (models on padded
-    batches) every completion counts its prompt as well.
+    batches) every completion that is not empty counts its prompt as well.
     """
     per_row = samples.per_row
     prompt_of_row = samples.prompt_B[::per_row]
-    row_tokens = samples.completions.lengths.reshape(-1, per_row).sum(1)
+    lengths = samples.completions.lengths.reshape(-1, per_row)
+    row_tokens = lengths.sum(1)
     prompt_tokens = samples.prompts.lengths
     pieces: list[tuple[int, list[int]]] = []  # (tokens, rows)
     order = np.argsort(prompt_of_row, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(prompt_of_row[order])) + 1):
         above = int(prompt_tokens[prompt_of_row[rows[0]]])
-        shared, repeated = (above, 0) if share_prompts else (0, above * per_row)
+        shared, repeated = (above, 0) if share_prompts else (0, above)
         size, piece = shared, list[int]()
         for row in rows.tolist():
-            if piece and size + repeated + row_tokens[row] > token_budget:
+            more = int(row_tokens[row]) + repeated * int((lengths[row] > 0).sum())
+            if piece and size + more > token_budget:
                 pieces.append((size, piece))
                 size, piece = shared, []
             piece.append(row)
-            size += repeated + int(row_tokens[row])
+            size += more
         pieces.append((size, piece))
     pieces.sort(key=lambda p: (-p[0], p[1][0]))
     bins: list[list[int]] = []

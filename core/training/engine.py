@@ -31,6 +31,7 @@ from prefzoo.parts.reference import Moving
 from prefzoo.parts.roles import CRITIC, POLICY, REFERENCE, REWARD
 from prefzoo.parts.source import Rollouts
 from prefzoo.processes import ALONE, Processes
+from prefzoo.records import StepScores
 from prefzoo.registry import RunError, UsageError
 from prefzoo.rollout import Finish, rollout_engine
 from prefzoo.seeds import derive_seed, generator
@@ -651,7 +652,7 @@ class Engine:
                 record = build_record(term.loss.family, part, scores, tree, shared)
                 out = term.loss(record)
                 mask_BT = record.loss_mask_BT if out.mask_BT is None else out.mask_BT
-                total = term.counted.total(out.loss, mask_BT, getattr(record, "weight_B", None))
+                total = term.counted.total(out.loss, mask_BT, record.weights)
                 losses.append((term, total, out.loss.detach()))
                 for metric, values in out.metrics.items():
                     self.mine.add(metric, values, mask_BT)
@@ -668,12 +669,12 @@ class Engine:
             want = wanted(t.loss for t in terms)
             other = self.reference if "kl" in want else None
             return module(tree, temperature=self.temperature, want=want, other=other)
-        return module(tree, values=role == CRITIC)
+        return module(tree, values=role == CRITIC, steps=any(t.loss.family is StepScores for t in terms))
 
     def _size(self, term: Term, rows: Samples) -> float:
         """The term's count over the whole optimizer batch, known from masks before any forward."""
-        columns = rows.pair_columns if rows.kind == "pairs" else rows.columns
-        return term.counted.size(len(rows), cells(term.loss, rows), columns.get("weight"))
+        weights = rows.row_columns.get("weight", rows.columns.get("weight"))
+        return term.counted.size(len(rows), cells(term.loss, rows), weights)
 
     def _step(self, progress: float, number: int, norms: Mapping[str, Tensor]) -> None:
         factor = learning_rate_factor(progress, number, self.config)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from prefzoo.data.samples import Samples
+from prefzoo.data.samples import Samples, sides_of
 from prefzoo.files import replacing_file
 
 # ------------------------------------------------------------------------------------------------ the watchdog
@@ -424,15 +424,19 @@ def _row(
 ) -> dict[str, Any]:
     """One row, decoded, with all that is known about it."""
     prompt = _prompt(rows, row)
-    names = {"pairs": ("chosen", "rejected"), "prompts": ()}.get(rows.kind, ("completion",))
+    names = sides_of(rows)
     return {
         "row": row + 1,
         "not_finite": faults,
         **({} if losses is None else {"loss": losses[row]}),
         "prompt": _decode(tokenizer, rows.prompts[prompt]),
         "prompt_tokens": len(rows.prompts[prompt]),
-        **{name: _completion(rows, row * rows.per_row + i, tokenizer) for i, name in enumerate(names)},
-        **{name: column[row] for name, column in rows.pair_columns.items()},
+        **{
+            name: _completion(rows, b, tokenizer)
+            for b, name in enumerate(names, row * rows.per_row)
+            if len(rows.completions[b])
+        },
+        **{name: column[row] for name, column in rows.row_columns.items()},
         **({"extra": {k: v[prompt] for k, v in rows.extra.items()}} if rows.extra else {}),
     }
 
@@ -473,7 +477,7 @@ def _faults(rows: Samples, losses: Tensor | None) -> dict[int, list[str]]:
 
     for row, value in [] if losses is None else wrong(losses):
         found[row].append(f"a loss of {value}")
-    for name, column in rows.pair_columns.items():
+    for name, column in rows.row_columns.items():
         for row, value in wrong(column):
             found[row].append(f"a {name} of {value}")
     for name, column in rows.columns.items():
@@ -496,7 +500,7 @@ def _a(noun: str) -> str:
 
 
 def _side(rows: Samples, index: int) -> str:
-    return "" if rows.kind != "pairs" else f" of {('chosen', 'rejected')[index % 2]}"
+    return f" of {sides_of(rows)[index % rows.per_row]}" if rows.per_row > 1 else ""
 
 
 def _prompt(rows: Samples, row: int) -> int:

@@ -14,7 +14,19 @@ from prefzoo.losses import Loss
 from prefzoo.models.roles import Scores as ModelScores
 from prefzoo.models.roles import Want
 from prefzoo.models.tree import TreeBatch
-from prefzoo.records import Likelihood, Pairs, PolicyGradient, Record, Scores, Unpaired, Values
+from prefzoo.records import (
+    Likelihood,
+    Pairs,
+    PolicyGradient,
+    Ranked,
+    RankedScores,
+    Ratings,
+    Record,
+    Scores,
+    StepScores,
+    Unpaired,
+    Values,
+)
 
 # What the policy's forward must give for a field that a loss declares in its extras.
 WANTED: Mapping[str, Want] = MappingProxyType({
@@ -30,8 +42,10 @@ def wanted(losses: Iterable[Loss]) -> frozenset[Want]:
 
 def cells(loss: Loss, rows: Samples) -> Tensor:
     """The cells that a loss of tokens lives on, known before any forward: of pairs the chosen side's, and before them
-    the prompt's where the loss reads it."""
+    the prompt's where the loss reads it; of rankings the best one's."""
     mask_BT = loss_mask(rows, rows.mask_BT())
+    if rows.kind == "rankings":
+        return mask_BT[0 :: rows.width]
     if rows.kind != "pairs":
         return mask_BT
     if "prompt_logps_BT" not in loss.extras:
@@ -56,8 +70,12 @@ def build_record(
         value = columns.get(name)
         return None if value is None else value.to(device)
 
+    def lists(values: Tensor) -> Tensor:
+        """What every completion has, ranking by ranking."""
+        return values.unflatten(0, (-1, samples.width))
+
     def of_pairs(*names: str) -> dict[str, Any]:
-        return {f"{name}_B": column(name, samples.pair_columns) for name in names}
+        return {f"{name}_B": column(name, samples.row_columns) for name in names}
 
     def sides(name: str, values_BT: Tensor | None) -> dict[str, Tensor]:
         if values_BT is None:
@@ -67,6 +85,20 @@ def build_record(
     def scored(flat_C: Tensor | None) -> Tensor | None:
         return None if flat_C is None else scatter(flat_C, mask_BT)
 
+    weight_B = column("weight", samples.columns)
+    weight_P = column("weight", samples.row_columns)
+    score_B = column("score", samples.columns)
+    if family is RankedScores:
+        return RankedScores(
+            rewards_PK=lists(_need(scores.rewards_B)), valid_PK=lists(mask_BT.any(-1)), weight_P=weight_P
+        )
+    if family is Ratings:
+        return Ratings(rewards_B=_need(scores.rewards_B), targets_B=_need(score_B), weight_B=weight_B)
+    if family is StepScores:
+        return StepScores(
+            scores_BT=scatter(_need(scores.steps_C), mask_BT), labels_BT=_need(tokens("labels")), mask_BT=trained_BT,
+            weight_B=weight_B,
+        )  # fmt: skip
     if family is Scores:
         assert scores.rewards_B is not None
         return Scores(
@@ -93,14 +125,19 @@ def build_record(
             **sides("{}_log_sq_BT", scored(scores.log_sq_C)), **sides("{}_kl_BT", scored(scores.kl_C)), **prompts,
             **of_pairs("margin", "probability", "weight"),
         )  # fmt: skip
-    weight_B = column("weight", samples.columns)
+    if family is Ranked:
+        return Ranked(
+            logps_PKT=lists(logps_BT), mask_PKT=lists(trained_BT), valid_PK=lists(mask_BT.any(-1)),
+            ref_logps_PKT=None if ref_BT is None else lists(ref_BT),
+            scores_PK=None if score_B is None else lists(score_B), weight_P=weight_P,
+        )  # fmt: skip
     if family is Unpaired:
         return Unpaired(
             logps_BT=logps_BT, mask_BT=trained_BT, desirable_B=_need(column("desirable", samples.columns)),
             ref_logps_BT=ref_BT, baseline=shared.get("baseline"), delta=shared.get("delta"), weight_B=weight_B,
         )  # fmt: skip
     if family is Likelihood:
-        return Likelihood(logps_BT=logps_BT, mask_BT=trained_BT, weight_B=weight_B)
+        return Likelihood(logps_BT=logps_BT, mask_BT=trained_BT, scores_B=score_B, weight_B=weight_B)
     assert family is PolicyGradient
     return PolicyGradient(
         logps_BT=logps_BT, mask_BT=trained_BT, old_logps_BT=_need(tokens("old_logps")),

@@ -285,10 +285,12 @@ def check_columns(stage: Stage, samples: Samples, source: str) -> None:
     if stage.on_policy:
         return
     for term in (t for t in stage.terms if t.rows == "main"):
-        for column in (e.removesuffix("_B") for e in term.loss.extras if e.endswith("_B")):
-            if column not in samples.columns and column not in samples.pair_columns:
+        for field, axes in (e.rpartition("_")[::2] for e in term.loss.extras if e.endswith(("_B", "_P", "_PK"))):
+            column = "score" if field == "scores" else field
+            if column not in samples.columns and column not in samples.row_columns:
+                column, each = (field, "a number for each completion") if axes == "PK" else (column, "a number")
                 raise UsageError(
-                    f"loss {term.loss.name!r} needs a number in the column {column!r} of every row, and {source} has "
+                    f"loss {term.loss.name!r} needs {each} in the column {column!r} of every row, and {source} has "
                     f"none; add it, or name the column that holds it (columns={{{column!r}: ...}})."
                 )
 
@@ -296,7 +298,7 @@ def check_columns(stage: Stage, samples: Samples, source: str) -> None:
 def check_weights(stage: Stage, samples: Samples) -> None:
     """Refuse weights of rows where a loss has no value of its own for each row."""
     for loss in (t.loss for t in stage.terms if t.rows == "main"):
-        if "weight" in {**samples.columns, **samples.pair_columns} and not loss.by_row:
+        if "weight" in {**samples.columns, **samples.row_columns} and not loss.by_row:
             raise UsageError(
                 f"loss {loss.name!r} takes no weights: its values belong to ranks, not to rows. Take the column "
                 "'weight' out, or choose another loss."
