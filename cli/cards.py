@@ -159,6 +159,7 @@ def algorithm_facts(name: str, whole: bool = False) -> dict[str, Any]:
         if algorithm.stages[0].on_policy:
             training = {k: v for k, v in training.items() if k not in ONLY_DATASET}
         facts |= _documentation(entry) | {
+            "columns": list(dict.fromkeys(c for s in algorithm.stages for t in s.terms for c in t.loss.columns)),
             "recommended": algorithm.recommended,
             "training": training,
             "composition": repr(algorithm).partition(": ")[2].removesuffix(">"),
@@ -366,7 +367,7 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         rows[f"with {modifier}"] = _settings(options)
     if facts["kind"] == "algorithm":
         rows |= {
-            "learns from": facts["learns_from"],
+            "learns from": " with ".join([facts["learns_from"], *facts["columns"]]),
             "needs": ", ".join(facts["needs"]) or "nothing more",
             "made of": facts["composition"],
             "training": _settings(facts["recommended"]),

@@ -110,6 +110,12 @@ class Loss:
         return tuple(dict.fromkeys(name for names in wanted for name in names))
 
     @property
+    def columns(self) -> list[str]:
+        """The columns of numbers that it needs of every row of the data, as the data call them."""
+        fields = [e for e in self.extras if e.endswith(("_B", "_P", "_PK")) and e != "tie_B"]  # a tie is said or not
+        return ["score" if e == "scores_B" else e.rpartition("_")[0] for e in fields]
+
+    @property
     def by_row(self) -> bool:
         """Whether the loss of a row stays with it when rows change places."""
         return "row_permutation" not in self.entry.tags["exceptions"]

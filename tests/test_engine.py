@@ -61,7 +61,7 @@ OFFLINE = [name for name in NAMES if name not in ON_POLICY]
 
 def with_numbers(algorithm: Algorithm) -> list[dict[str, Any]]:
     """The pairs, with the numbers that the algorithm's losses need of each."""
-    needed = {e.removesuffix("_B") for s in algorithm.stages for t in s.terms for e in t.loss.extras}
+    needed = {column for s in algorithm.stages for t in s.terms for column in t.loss.columns}
     given = {"margin": lambda i: 0.2 * i, "probability": lambda i: 0.6 + 0.05 * i}
     return [{**row, **{k: f(i) for k, f in given.items() if k in needed}} for i, row in enumerate(PAIRS)]
 

@@ -282,16 +282,14 @@ def reward_source(
 
 def check_columns(stage: Stage, samples: Samples, source: str) -> None:
     """Refuse data without the columns of numbers that the losses of its rows need."""
-    if stage.on_policy:
-        return
-    for term in (t for t in stage.terms if t.rows == "main"):
-        for field, axes in (e.rpartition("_")[::2] for e in term.loss.extras if e.endswith(("_B", "_P", "_PK"))):
-            column = "score" if field == "scores" else field
-            if column not in samples.columns and column not in samples.row_columns:
-                column, each = (field, "a number for each completion") if axes == "PK" else (column, "a number")
+    for loss in (t.loss for t in stage.terms if t.rows == "main" and not stage.on_policy):
+        for column in loss.columns:
+            ours = "score" if column == "scores" else column
+            if ours not in samples.columns and ours not in samples.row_columns:
+                each = "a number for each completion" if column == "scores" else "a number"
                 raise UsageError(
-                    f"loss {term.loss.name!r} needs {each} in the column {column!r} of every row, and {source} has "
-                    f"none; add it, or name the column that holds it (columns={{{column!r}: ...}})."
+                    f"loss {loss.name!r} needs {each} in the column {column!r} of every row, and {source} has none; "
+                    f"add it, or name the column that holds it (columns={{{column!r}: ...}})."
                 )
 
 
