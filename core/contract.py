@@ -7,6 +7,7 @@ A check holds for every correct loss, passes in silence, raises ``ContractError`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -482,11 +483,19 @@ def prefers_chosen(loss: Loss) -> None:
         gain = rise_PK[:, 0] - rise_PK.gather(1, last_P1)[:, 0]
     else:
         raise NotApplicable(f"{loss.family.__name__} has no better and worse answers")
-    if not bool((gain > 0).all()):
-        raise ContractError(
-            f"a step against the gradient moves the better answer against the worse by {gain.tolist()} (per row, times "
-            "the step), expected numbers above 0. Are the sides exchanged, or is a sign wrong?"
+    if bool((gain > 0).all()):
+        return
+    cure = "Are the sides exchanged, or is a sign wrong?"
+    if bool((gain >= 0).all()):
+        cure = (
+            "Rows at 0 have no gradient at all. If the loss is flat there on purpose, as a hinge is, say so: "
+            "exceptions={'prefers_chosen': 'flat beyond its margin'}."
         )
+    numbers = ", ".join(f"{x:.2g}" for x in gain.tolist())
+    raise ContractError(
+        f"a step against the gradient moves the better answer against the worse by {numbers} (per row, times the "
+        f"step), expected numbers above 0. {cure}"
+    )
 
 
 def moves_to_target(loss: Loss) -> None:
@@ -568,6 +577,7 @@ def low_precision(loss: Loss) -> None:
 def needs_are_told(loss: Loss) -> None:
     """With only the fields that it declares (``reference``, ``extras``) it works or refuses in words."""
     record = _record(loss)
+    loss(record)  # with all fields it works, so what follows is about what is missing
     optional = [
         f.name
         for f in dataclasses.fields(record)
@@ -583,9 +593,10 @@ def _works_without(loss: Loss, record: Record, names: list[str]) -> None:
     except UsageError:
         return
     except Exception as error:
+        need = "reference=True" if names[0].startswith("ref_") else f"extras=({names[0]!r},)"
         raise ContractError(
             f"without {', '.join(names)} it fails with {type(error).__name__}: {error}. Declare the need "
-            "(reference=True, extras=('...',)), or handle None, or raise a UsageError that says what is missing."
+            f"({need}), or handle None, or raise a UsageError that says what is missing."
         ) from error
 
 
@@ -743,6 +754,7 @@ def modifiers_keep_contract(loss: Loss) -> None:
     if not loss.entry.modifiers:
         raise NotApplicable("no modifier applies to the loss")
     failures = []
+    own = functools.cache(functools.partial(breaks, loss))  # what fails without a modifier too is told once, there
     for modifier in loss.entry.modifiers:
         variants = list(switched_on(loss, modifier))
         if not variants:
@@ -750,12 +762,26 @@ def modifiers_keep_contract(loss: Loss) -> None:
                 f"modifier {modifier.name!r} applies, but every value of its options is refused: register it with "
                 "refuses=..., which says why it does not apply."
             )
-        failures += [failure for variant in variants for failure in _failures(variant)]
-    if failures:
+        failures += [told for variant in variants for name, told in _failures(variant) if not own(name)]
+    if failures and not own("unreduced"):
         raise ContractError("\n  ".join(failures))
+    if own.cache_info().currsize:
+        raise NotApplicable("what fails with a modifier fails without it: repair that first")
 
 
-def _failures(variant: Loss) -> Iterator[str]:
+def breaks(loss: Loss, check: str) -> bool:
+    """Whether the loss fails the check, in whatever way."""
+    try:
+        CHECKS[check](loss)
+    except NotApplicable:
+        return False
+    except Exception:
+        return True
+    return False
+
+
+def _failures(variant: Loss) -> Iterator[tuple[str, str]]:
+    """Check and what it found, of every check that the variant fails without having said so."""
     words = ", ".join(f"{k}={v!r}" for m, options in variant.modifiers for k, v in options.items())
     allowed = exceptions_of(variant)
     for name, check in CHECKS.items():
@@ -766,9 +792,9 @@ def _failures(variant: Loss) -> Iterator[str]:
         except NotApplicable:
             continue
         except ContractError as error:
-            yield f"with {words} it breaks {name!r}: {error}"
+            yield name, f"with {words} it breaks {name!r}: {error}"
         except Exception as error:
-            yield f"with {words} {name!r} raised {type(error).__name__}: {error}"
+            yield name, f"with {words} {name!r} raised {type(error).__name__}: {error}"
 
 
 def switched_on(loss: Loss, modifier: Entry) -> Iterator[Loss]:

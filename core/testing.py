@@ -14,17 +14,23 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from prefzoo.contract import CHECKS, ContractError, NotApplicable, exceptions_of
+from prefzoo.contract import CHECKS, ContractError, NotApplicable, breaks, exceptions_of
 from prefzoo.losses.base import LOSSES, Loss, create_loss
-from prefzoo.records import LossOut
+from prefzoo.parts.count import UNITS
+from prefzoo.records import LossOut, Record
 from prefzoo.registry import UsageError, suggest
 from prefzoo.trial import is_trained, random_record
 
 __all__ = ["CHECKS", "Check", "ContractError", "check_loss", "is_trained", "loss_checks", "random_record"]
+
+
+FIRST = "unreduced"  # the check without which the others have nothing to look at
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,12 @@ class Check:
         except Exception as error:  # whatever a user's loss raises on a plain record is a failure of the check
             if self.exception is not None:
                 return f"exception: {self.exception}"
-            told = str(error) if isinstance(error, ContractError) else f"It raised {type(error).__name__}: {error}"
+            if isinstance(error, ContractError):
+                told = str(error)
+            elif self.name != FIRST and breaks(self.loss, FIRST):  # one fault is told once, not by every check
+                return f"not applicable: it raised {type(error).__name__}, and {FIRST!r} is to pass first"
+            else:
+                told = _raised(self.loss, error)
             raise ContractError(f"loss {self.loss.name!r} breaks {self.name!r} ({self.line}) {told}") from error
         if self.exception is not None and self.insists:
             raise ContractError(
@@ -69,6 +80,10 @@ def loss_checks(loss: str | Callable[..., LossOut] | Loss, /, **options: Any) ->
     """
     bound = _bind(loss, options)
     declared = bound.entry.tags["exceptions"]
+    if bound.count not in UNITS:
+        raise UsageError(
+            f"loss {bound.name!r}: no count {bound.count!r}{suggest(bound.count, UNITS)} Known: {', '.join(UNITS)}."
+        )
     for key in declared:
         check, _, option = key.partition("@")
         if check not in CHECKS:
@@ -98,6 +113,17 @@ def check_loss(loss: str | Callable[..., LossOut] | Loss, /, **options: Any) -> 
     if failures:
         raise ContractError("\n".join(failures))
     return results
+
+
+def _raised(loss: Loss, error: Exception) -> str:
+    """An error that is not the check's own: what it says, and the line of the loss that it went through last."""
+    near = ""
+    if isinstance(error, AttributeError) and isinstance(error.obj, Record):
+        near = suggest(str(error.name), [n for n in dir(error.obj) if not n.startswith("_")]).removesuffix(".")
+    file = inspect.getsourcefile(inspect.unwrap(loss.entry.function))
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    place = f" ({Path(file).name}, line {lines[-1]})" if file and lines else ""
+    return f"It raised {type(error).__name__}: {error}{near}{place}"
 
 
 def _bind(loss: str | Callable[..., LossOut] | Loss, options: dict[str, Any]) -> Loss:

@@ -6,6 +6,7 @@ import doctest
 import importlib.util
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -472,6 +473,65 @@ def test_check_can_fail(check: str, words: str, function: Callable[..., LossOut]
     assert words in str(error.value) and function.__name__ in str(error.value)
     with pytest.raises(ContractError, match=check):
         check_loss(function)
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_one_fault_is_told_once() -> None:
+    """Not by every check that trips over it, and not again with every modifier; the line of the fault is told."""
+
+    @register_loss
+    def averaged(batch: Pairs, *, beta: float = 0.1) -> LossOut:
+        return LossOut(-F.logsigmoid(beta * margin(batch)).mean())
+
+    @register_loss
+    def bare(batch: Pairs) -> LossOut:
+        return -F.logsigmoid(margin(batch))  # type: ignore[return-value]
+
+    @register_loss
+    def misspelt(batch: Pairs) -> LossOut:
+        return LossOut(-F.logsigmoid(batch.chosen_ratios_B - batch.rejected_ratio_B))  # type: ignore[attr-defined]
+
+    @register_loss
+    def deep(batch: Pairs) -> LossOut:
+        return LossOut(-F.logsigmoid(margin(batch))[:, None])
+
+    @register_loss
+    def exchanged(batch: Pairs) -> LossOut:
+        return LossOut(-F.logsigmoid(-margin(batch)))
+
+    found = {}
+    for loss in (averaged, bare, misspelt, deep, exchanged):
+        with pytest.raises(ContractError) as error:
+            check_loss(loss)
+        found[loss.__name__] = re.findall(r"breaks '(\w+)'", str(error.value))
+    assert found == {
+        "averaged": ["unreduced"],
+        "bare": ["unreduced"],
+        "misspelt": ["unreduced"],
+        "deep": ["unreduced"],
+        "exchanged": ["prefers_chosen"],
+    }
+    with pytest.raises(ContractError, match=r"did you mean 'chosen_ratio_B'\? \(test_contract.py, line \d+\)"):
+        check_loss(misspelt)
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_a_flat_loss_is_told_how_to_say_so() -> None:
+    def flat(batch: Scores) -> LossOut:
+        return LossOut(F.relu(0.1 - batch.chosen_B + batch.rejected_B))
+
+    with pytest.raises(ContractError, match="flat there on purpose"):
+        check_loss(register_loss(flat))
+    check_loss(register_loss(flat, exceptions={"prefers_chosen": "flat beyond its margin"}))
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_a_count_that_is_none_is_refused() -> None:
+    def counted(batch: Scores) -> LossOut:
+        return LossOut(F.softplus(batch.rejected_B - batch.chosen_B))
+
+    with pytest.raises(UsageError, match="loss 'counted': no count 'rows'; did you mean 'row'"):
+        check_loss(register_loss(counted, count="rows"))
 
 
 def test_every_check_has_a_broken_loss() -> None:
