@@ -177,6 +177,9 @@ EQUIVALENT: dict[str, str] = {
     "reward:ranked_reward_metrics:drop_stop_gradient: @torch.no_grad() → ": "the rewards are detached",
     "reward:ranked_reward_metrics:drop_stop_gradient: batch.rewards_PK.detach() → batch.rewards_PK": "under no_grad",
     "reward:process_reward:drop_stop_gradient: scores_BT.detach() → scores_BT": "under no_grad",
+    (
+        "advantages:whiten:clip_side: (size - int(unbiased)).clamp(min=1) → size - int(unbiased)"
+    ): "0 / 0 of one token, for whose difference of 0 _over has 0",
 }
 
 

@@ -325,6 +325,12 @@ def test_ilql_q_is_the_squared_errors_of_both(seed: int) -> None:
         assert not loss_of("ilql_q", replaced(batch, **{field: leaf_BT})).requires_grad
 
 
+def test_ilql_q_logs_the_mean_of_both() -> None:
+    batch = random_record(Heads)
+    opposite = replaced(batch, q2_BT=-batch.q1_BT)
+    assert not create_loss("ilql_q")(opposite).metrics["q"].any()
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ilql_cql_is_the_cross_entropy_of_both(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
