@@ -48,7 +48,8 @@ def bradley_terry(batch: Scores, *, label_smoothing: Share = 0.0, centering: Not
         batch: rewards of chosen and rejected, (B,). Where the record has them: ``margin_B`` is m, in reward units
             (absent: 0); ``probability_B`` is p, the probability that the first is better (absent: 1).
         label_smoothing: ε, the share of flipped labels: p becomes p (1 - ε) + (1 - p) ε.
-        centering: c, pulls the mean reward of a pair to 0; differences do not feel it.
+        centering: c, pulls the mean reward of a pair to 0. The difference of one pair does not feel it; where responses
+            stand in several pairs, large differences shrink.
 
     Returns:
         One loss per pair, (B,), in nats. Metrics (B,): ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``
