@@ -65,13 +65,17 @@ def show_list(kind: str, pattern: str, imports: Iterable[Path], as_json: bool) -
     if not rows:
         known = list_algorithms() if kind == "algorithms" else [n for r in chosen for n in r.names()]
         raise UsageError(f"no {kind} match {pattern!r}{suggest(pattern, known)} Registered: {', '.join(known)}.")
-    columns = ("learns_from", "needs") if kind == "algorithms" else ("kind", "takes", "gives")
-    shown = table("what it is", *(column.replace("_", " ") for column in columns), "paper", first="name")
+    columns: tuple[str, ...] = ("learns_from", "needs") if kind == "algorithms" else ("kind", "takes", "gives")
+    console = wide_console()
+    columns = (*columns, "paper")  # as many as leave the line enough room to be read
+    if console.width < (110 if kind == "algorithms" else 140):
+        columns = (columns[0], "paper") if console.width >= 100 else columns[:1]
+    shown = table("what it is", *(column.replace("_", " ") for column in columns), first="name")
     for row in rows:
         also = f" (also {', '.join(row['aliases'])})" if row["aliases"] else ""
-        cells = [", ".join(row[c]) if isinstance(row[c], list) else row[c] for c in columns]
-        shown.add_row(row["name"], row["line"] + also, *cells, (row["paper"] or "").removeprefix("arXiv:"))
-    wide_console().print(shown)
+        cells = [", ".join(row[c]) if isinstance(row[c], list) else row[c] or "" for c in columns]
+        shown.add_row(row["name"], row["line"] + also, *(cell.removeprefix("arXiv:") for cell in cells))
+    console.print(shown)
 
 
 def show_card(name: str, as_loss: bool, imports: Iterable[Path], as_json: bool, quick: bool = False) -> None:
@@ -95,6 +99,9 @@ def show_card(name: str, as_loss: bool, imports: Iterable[Path], as_json: bool, 
 
 def facts_of(name: str, as_loss: bool = False) -> dict[str, Any]:
     """Everything about the entry of that name; an algorithm goes before a loss, unless the loss is asked for."""
+    if as_loss and name not in LOSSES and name in ALGORITHMS:
+        losses = ", ".join(algorithm_facts(algorithm_entry(name).name, whole=True)["losses"])
+        raise UsageError(f"{name!r} is an algorithm and no loss; its losses: {losses}.")
     if as_loss or _is_term_only(name):
         return loss_facts(LOSSES.entry(name).name, whole=True)
     if name in ALGORITHMS or name in LOSSES:
@@ -102,8 +109,12 @@ def facts_of(name: str, as_loss: bool = False) -> dict[str, Any]:
     for registry in AROUND.values():
         if name in registry:
             return entry_facts(registry, registry.entry(name).name, whole=True)
-    ours = [n for registry in AROUND.values() for n in registry.names()]
-    raise ALGORITHMS.unknown(name, sorted({*list_algorithms(f"{prefix_of(name)}*"), *ours}))
+    prefix = prefix_of(name)
+    if prefix:
+        near = suggest(name, list_algorithms(f"{prefix}*") or list_algorithms("*:*"))
+        raise UsageError(f"no entry {name!r}{near} 'prefzoo list algorithms \"*:*\"' shows names that have a prefix.")
+    near = suggest(name, [n for r in (ALGORITHMS, *AROUND.values()) for n in r.names()])
+    raise UsageError(f"no entry {name!r}{near} 'prefzoo list' and 'prefzoo list losses' show the names.")
 
 
 def show_training(as_json: bool) -> None:

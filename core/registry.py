@@ -194,7 +194,9 @@ class Registry:
             return UsageError(f"{self.kind} {name!r} {self.absent[name]}")
         listed = list(listed)
         near = suggest(name, [*listed, *prefixed(self._aliases, prefix_of(name))])
-        known = ", ".join(listed) if len(listed) <= FEW else f"{len(listed)} names, which 'prefzoo list' shows"
+        kind = "algorithms" if self.kind == "algorithm" else "losses"  # which lists what stands around them too
+        lister = f"prefzoo list {kind} '{prefix_of(name)}*'" if prefix_of(name) else f"prefzoo list {kind}"
+        known = ", ".join(listed) if len(listed) <= FEW else f"{len(listed)} names, which {lister!r} shows"
         return UsageError(f"no {self.kind} {name!r}{near} Registered: {known}.")
 
     def names(self, pattern: str = "*") -> list[str]:
@@ -233,6 +235,8 @@ def _words(hint: Any) -> str:
         return " or ".join(_words(part) for part in typing.get_args(hint))
     if hint is type(None):
         return "None"
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 

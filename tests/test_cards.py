@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import prefzoo.theory
-from prefzoo.algorithm import ALGORITHMS
+from prefzoo.algorithm import ALGORITHMS, list_algorithms
 from prefzoo.benchmarks import runner
 from prefzoo.cli import cards, main
 from prefzoo.losses.base import CREDITS, ESTIMATORS, LOSSES, MODIFIERS, LossEntry
@@ -146,6 +147,22 @@ def test_the_hook_of_the_documentation_makes_those_pages(monkeypatch: pytest.Mon
 
 
 # ---- list and show
+
+
+@pytest.mark.parametrize("kind", ["algorithms", "losses"])
+@pytest.mark.parametrize("width", [80, 100, 120, 160])
+def test_a_list_can_be_read_in_any_terminal(
+    command: Command, monkeypatch: pytest.MonkeyPatch, kind: str, width: int
+) -> None:
+    """What an entry is takes three lines at most, and nothing is cut off."""
+    monkeypatch.setattr(cards, "wide_console", lambda: Console(width=width))
+    code, out, _ = command("list", kind)
+    names = re.findall(r"^(\S+)", out, re.M)[1:]
+    assert code == 0 and "…" not in out and max(map(len, out.splitlines())) <= width
+    assert {*names} >= {*(list_algorithms() if kind == "algorithms" else LOSSES.names())}
+    assert (
+        max(len(part.splitlines()) for part in re.split(r"^(?=\S)", out, flags=re.M)) <= 4
+    )  # an empty line may end it
 
 
 def test_list_losses_lists_what_stands_around_them_too(command: Command) -> None:
@@ -282,6 +299,22 @@ def test_check_at_other_options(command: Command) -> None:
 )
 def test_mistakes_are_told_in_words(command: Command, words: list[str], said: str) -> None:
     code, out, err = command("check", *words)
+    assert code == 2 and said in err and out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dop"], "no entry 'dop'; did you mean 'dpo'? 'prefzoo list' and 'prefzoo list losses' show the names"),
+        (["TRL:ipo"], "did you mean 'trl:ipo'?"),
+        (["trl:dpoo"], "did you mean 'trl:dpo'? 'prefzoo list algorithms \"*:*\"' shows"),
+        (["--loss", "ppo"], "'ppo' is an algorithm and no loss; its losses: clipped_surrogate, clipped_value."),
+        (["--loss", "odp"], "which 'prefzoo list losses' shows"),
+    ],
+    ids=" ".join,
+)
+def test_names_that_are_none_are_told_where_to_look(command: Command, words: list[str], said: str) -> None:
+    code, out, err = command("show", *words)
     assert code == 2 and said in err and out == ""
 
 

@@ -93,7 +93,7 @@ def test_version(command):
 def test_the_installed_command_is_this_one():
     result = subprocess.run([Path(sys.executable).parent / "prefzoo", "show", "dop"], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: no algorithm 'dop'; did you mean 'dpo'?")
+    assert result.stderr.startswith("error: no entry 'dop'; did you mean 'dpo'?")
     assert result.stdout == "" and "Traceback" not in result.stderr
 
 

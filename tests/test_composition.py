@@ -192,7 +192,7 @@ WRONG_WORDS: dict[str, tuple[Callable[[], Any], str]] = {
     "horizon without target": (lambda: create_algorithm("ppo", kl_horizon=9), "no effect without kl_target"),
     "critic that is not there": (lambda: fit("dpo", critic_learning_rate=0.1), "it has no critic"),
     "betas of sgd": (lambda: fit("dpo", optimizer="sgd", betas=(0.1, 0.2)), "the optimizer is sgd"),
-    "estimator of rlvr": (lambda: create_algorithm("rlvr", estimator="best"), "expected Literal['group_relative',"),
+    "estimator of rlvr": (lambda: create_algorithm("rlvr", estimator="best"), "expected 'group_relative' or "),
     "attribute": (lambda: prefzoo.trian, "no attribute 'trian'"),
 }
 
