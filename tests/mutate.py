@@ -526,7 +526,7 @@ def is_text(parent: ast.AST, child: ast.AST) -> bool:
 
 ALONG = (
     "sum", "mean", "cumsum", "flip", "gather", "logsumexp", "log_softmax", "argsort", "sort", "amax", "any", "all",
-    "unbind", "stack", "masked_sum",
+    "unbind", "stack", "cat", "masked_sum",
 )  # fmt: skip
 
 
