@@ -619,11 +619,12 @@ class Told(ast.NodeTransformer):
 
 def listen(source: Source, reached: set[tuple[str, int]]) -> None:
     """From now on every function of the file says which of its statements run."""
-    told = Source(source.name, ast.fix_missing_locations(Told().visit(copy.deepcopy(source.tree))))
+    told = ast.fix_missing_locations(Told().visit(copy.deepcopy(source.tree)))
+    module = compile(told, source.name, "exec", dont_inherit=True)
     for qualname, _ in source.functions():
         _, inner = function_of(source.name, qualname)
         inner.__globals__["reached"] = functools.partial(tell, reached, source.name)
-        inner.__code__ = told.code(qualname)
+        inner.__code__ = find_code(module, qualname)
 
 
 def tell(reached: set[tuple[str, int]], file: str, line: int) -> None:
@@ -816,7 +817,8 @@ class Mutation:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         proofs, start = Proofs(session.items), time.monotonic()
-        self.failed = proofs.measure(list(self.sources.values()), self.given.jobs)
+        broken = {m.file for m in self.mutants}
+        self.failed = proofs.measure([self.sources[name] for name in sorted(broken)], self.given.jobs)
         if self.failed:
             return True
         print(
