@@ -348,7 +348,11 @@ def card_page(facts: dict[str, Any]) -> str:
         f"\n## {title.capitalize()}\n\n" + "".join(f"- {_text(line)}\n" for line in lines)
         for title, lines in _proved(findings_of(facts)).items()
     )
-    return f"{head}{resolved}\n::: {function.__module__}.{function.__qualname__}\n{proofs}"
+    found = getattr(sys.modules[function.__module__], function.__qualname__, None)
+    # mkdocstrings finds what stands in the module; the entries of a loop (``trl:ipo``) are not there.
+    own = found is not None and inspect.getdoc(inspect.unwrap(found)) == facts["doc"]
+    card = f"::: {function.__module__}.{function.__qualname__}" if own else f"```text\n{facts['doc'].strip()}\n```"
+    return f"{head}{resolved}\n{card}\n{proofs}"
 
 
 def _registry(facts: Mapping[str, Any]) -> Registry:
@@ -368,7 +372,7 @@ def all_pages() -> Iterator[tuple[str, str]]:
 
 
 def _cell(text: str) -> str:
-    return " ".join(f"`{word}`" for word in _text(text).splitlines()) if text else "–"
+    return "<br>".join(f"`{word}`" for word in _text(text).splitlines()) if text else "–"
 
 
 def _rows(facts: dict[str, Any]) -> dict[str, str]:

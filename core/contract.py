@@ -153,8 +153,6 @@ def unreduced(loss: Loss) -> None:
     """One value per row, (B,), or per token, (B, T)."""
     record = _record(loss)
     out = loss(record)
-    if not isinstance(out, LossOut):
-        raise ContractError(f"returned {type(out).__name__}; return LossOut(loss, metrics).")
     allowed = _allowed_shapes(loss, out, record)
     if tuple(out.loss.shape) not in allowed:
         raise ContractError(
@@ -642,6 +640,7 @@ def options_have_effect(loss: Loss) -> None:
     An option that is refused beside the defaults of the others must have its effect beside other values of them.
     Options of modifiers count: those that are on, and where none is on, all.
     """
+    loss(_record(loss))  # so that a refusal is one of an option
     active = [m.options for m, _ in loss.modifiers] or [m.options for m in loss.entry.modifiers]
     for options in (loss.entry.own_options, *active):
         for name in options:

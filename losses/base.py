@@ -132,7 +132,10 @@ class Loss:
         call = functools.partial(self.entry.function, **own)
         for modifier, options in reversed(self.modifiers):
             call = functools.partial(modifier.function, call, **options)
-        return call(batch)
+        out = call(batch)
+        if not isinstance(out, LossOut):
+            raise UsageError(f"loss {self.name!r} returned {type(out).__name__}; return LossOut(loss, metrics).")
+        return out
 
 
 Extras = tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]

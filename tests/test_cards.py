@@ -127,9 +127,12 @@ def test_every_entry_has_a_page(two_findings: None) -> None:
     for path, content in pages.items():
         if path == "training-options.md":
             continue
-        assert content.startswith("# ") and content.count("\n::: ") == 1
-        module, _, function = re.search(r"^::: (\S+)$", content, re.M)[1].rpartition(".")  # type: ignore[index]
-        assert callable(getattr(importlib.import_module(module), function))
+        assert content.startswith("# ") and content.count("\n::: ") + content.count("\n```text\n") == 1
+        if made := re.search(r"^::: (\S+)$", content, re.M):
+            module, _, function = made[1].rpartition(".")
+            assert callable(getattr(importlib.import_module(module), function))
+        else:
+            assert path.startswith("cards/trl-")
         assert "## What is proved\n\n- the loss \\| at 0 is log 2: 1e-12 (at most 1e-09)\n" in content
         assert "## Biases\n\n- of the mean: 0.25\n" in content
 
@@ -147,6 +150,29 @@ def test_the_hook_of_the_documentation_makes_those_pages(monkeypatch: pytest.Mon
 
 
 # ---- list and show
+
+
+def test_the_page_of_an_entry_made_by_another_function_is_its_own() -> None:
+    page = cards.card_page(cards.algorithm_facts("trl:ipo", whole=True))
+    assert ":::" not in page and "TRL divides each side by its length" in page and "trl.preferences" not in page
+    assert "::: prefzoo.losses.pairwise.dpo" in cards.card_page(cards.loss_facts("dpo", whole=True))
+
+
+def test_on_a_page_doctests_are_code_and_what_is_returned_is_a_paragraph() -> None:
+    griffe = pytest.importorskip("griffe")
+    path = Path(cards.__file__).parents[1] / ".ci" / "examples.py"
+    spec = importlib.util.spec_from_file_location("examples", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = "A.\n\nReturns:\n    One, (B,): of\n    two.\n\n>>> f(\n...     [[1]])\n[[1]]\n\nEnd.\n\n>>> g()\n2"
+    entry = griffe.Function("f")
+    entry.docstring = griffe.Docstring(text)
+    module.Examples().on_instance(obj=entry)
+    assert entry.docstring.value == (
+        "A.\n\n**Returns:** One, (B,): of two.\n\n```pycon\n>>> f(\n...     [[1]])\n[[1]]\n```\n\nEnd.\n\n"
+        "```pycon\n>>> g()\n2\n```"
+    )
 
 
 @pytest.mark.parametrize("kind", ["algorithms", "losses"])

@@ -219,8 +219,8 @@ def trl_gmpo(
         scale_rewards: as in ``trl:grpo``.
         mask_truncated_completions: no gradient from completions cut at the limit.
         sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: a reference that follows, as in ``trl:dpo``.
-        per_device_train_batch_size, gradient_accumulation_steps, steps_per_generation, generation_batch_size,
-            num_iterations: as in ``trl:grpo``.
+        per_device_train_batch_size, gradient_accumulation_steps: as in ``trl:grpo``.
+        steps_per_generation, generation_batch_size, num_iterations: as in ``trl:grpo``.
         max_completion_length, temperature, top_p: sampling.
 
     Departures: those of ``trl:grpo`` that are not about its losses. TRL can leave tokens of low entropy out of the mean
@@ -285,8 +285,8 @@ def trl_rloo(
         reward_clip_range: rewards are clipped to this range, before the KL is subtracted.
         mask_truncated_completions: no gradient from completions cut at the limit.
         sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: a reference that follows, as in ``trl:dpo``.
-        per_device_train_batch_size, gradient_accumulation_steps, steps_per_generation, generation_batch_size,
-            num_iterations: as in ``trl:grpo``.
+        per_device_train_batch_size, gradient_accumulation_steps: as in ``trl:grpo``.
+        steps_per_generation, generation_batch_size, num_iterations: as in ``trl:grpo``.
         max_completion_length, temperature, top_p: sampling.
 
     Departures: those of ``trl:grpo`` that are not about its losses. With mask_truncated_completions TRL leaves the KL

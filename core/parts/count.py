@@ -63,6 +63,11 @@ class Count:
 
     def total(self, loss: Tensor, mask_BT: Tensor | None = None, weight_B: Tensor | None = None) -> Tensor:
         """What a micro-batch adds to the numerator: a scalar with gradient."""
+        if loss.dim() not in (1, 2):
+            raise UsageError(
+                f"a loss has shape {tuple(loss.shape)}, expected one value per row, (B,), or per token, (B, T). Return "
+                "it unreduced: the mean is the count's."
+            )
         if loss.dim() == 1:
             if self.unit == "token":
                 raise UsageError(

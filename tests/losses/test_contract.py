@@ -21,6 +21,7 @@ from prefzoo.losses.base import LOSSES, MODIFIERS, Loss, create_loss, register_l
 from prefzoo.losses.kl import KL_ESTIMATORS
 from prefzoo.losses.numerics import safe_exp
 from prefzoo.losses.unpaired import kto_baseline
+from prefzoo.parts.count import Count
 from prefzoo.records import (
     FAMILIES,
     Distribution,
@@ -513,6 +514,19 @@ def test_one_fault_is_told_once() -> None:
     }
     with pytest.raises(ContractError, match=r"did you mean 'chosen_ratio_B'\? \(test_contract.py, line \d+\)"):
         check_loss(misspelt)
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_what_is_no_loss_of_rows_is_refused_in_training_too() -> None:
+    def bare(batch: Pairs) -> LossOut:
+        return margin(batch)  # type: ignore[return-value]
+
+    register_loss(bare)
+    with pytest.raises(UsageError, match="loss 'bare' returned Tensor; return LossOut"):
+        create_loss("bare")(random_record(Pairs))
+    for shape in ((), (2, 1, 1)):
+        with pytest.raises(UsageError, match="Return it unreduced"):
+            Count("row").total(torch.zeros(shape), torch.ones(2, 1, dtype=torch.bool))
 
 
 @pytest.mark.usefixtures("sandbox")
