@@ -180,6 +180,10 @@ EQUIVALENT: dict[str, str] = {
     (
         "advantages:whiten:clip_side: (size - int(unbiased)).clamp(min=1) → size - int(unbiased)"
     ): "0 / 0 of one token, for whose difference of 0 _over has 0",
+    (
+        "rankings:plackett_luce_P:drop_mask: masked(-F.logsigmoid(-behind_PKK.logsumexp(-1)), below.any(-1)) "
+        "→ -F.logsigmoid(-behind_PKK.logsumexp(-1))"
+    ): "where nobody is behind, logsigmoid of the largest number is 0",
 }
 
 
