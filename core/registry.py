@@ -15,6 +15,7 @@ import importlib
 import importlib.metadata
 import inspect
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -99,15 +100,30 @@ class Entry:
     def source_hash(self) -> str:
         """Hash of the file that defines the function, so that edited mathematics never gets an old result.
 
-        The whole file, not the function alone: helpers beside it are part of what it computes.
+        The whole file, not the function alone, and the files of its package that it takes from: helpers are part of
+        what it computes.
         """
         target = inspect.unwrap(self.function)
         try:
-            source = inspect.getsource(inspect.getmodule(target) or target)
+            module = inspect.getmodule(target)
+            source = "".join(map(inspect.getsource, [target] if module is None else with_helpers(module)))
         except (OSError, TypeError):  # defined in an interpreter or a notebook cell: the code object is all there is
             code = target.__code__
             source = repr((code.co_code, code.co_consts, code.co_names))
         return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def with_helpers(module: types.ModuleType) -> list[types.ModuleType]:
+    """A module, and those of its package that it takes something from, and so on, in the order of their names."""
+    found, ahead = {module.__name__: module}, [module]
+    while ahead:
+        for value in vars(ahead.pop()).values():
+            name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+            beside = isinstance(name, str) and name.rpartition(".")[0] == module.__package__ != ""
+            if beside and name not in found and name in sys.modules:
+                found[name] = sys.modules[name]
+                ahead.append(found[name])
+    return [found[name] for name in sorted(found)]
 
 
 FEW = 30  # names that a message still lists

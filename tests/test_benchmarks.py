@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import importlib
+import inspect
 import itertools
 import json
 import re
@@ -35,7 +36,7 @@ from prefzoo.benchmarks.results import Answers
 from prefzoo.benchmarks.runner import plan
 from prefzoo.benchmarks.suites import SFT_MORE, START, SUITES, Method, Suite, Task, requests_task, sums_task
 from prefzoo.losses import LOSSES
-from prefzoo.registry import UsageError
+from prefzoo.registry import UsageError, with_helpers
 
 # Faults that were reported with a diff for suites.py, tasks.py, runner.py and the template: remove with the fix.
 
@@ -162,6 +163,11 @@ def test_a_key_covers_what_the_job_is_made_from_and_nothing_else(monkeypatch: py
     assert changed(job("a")) == set("abcd")
 
 
+def of(name: str) -> Any:
+    """The module of a registered loss."""
+    return inspect.getmodule(LOSSES.entry(name).function)
+
+
 def test_the_layer_is_everything_that_no_registered_function_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shared layer, the jobs and what losses share count for all cells; a loss for the cells that use it."""
     read: set[Path] = set()
@@ -170,11 +176,19 @@ def test_the_layer_is_everything_that_no_registered_function_stands_for(monkeypa
     jobs.everything_hash.__wrapped__()
     core, losses, own = (Path(m.__file__).resolve().parent for m in (prefzoo, prefzoo.losses, benchmarks))
     assert set(core.rglob("*.py")) | {own / "jobs.py", own / "tasks.py"} <= read
-    catalogue = (losses / "catalogue.py").read_text()
+    names = prefzoo.losses.list_losses()
+    cells = {Path(m.__file__).resolve() for n in names for m in with_helpers(of(n))}
     for file in losses.glob("*.py"):
-        registers = re.search(rf"\b{file.stem}\b", catalogue)
-        assert registers or file in read or file.stem in ("__init__", "catalogue"), f"{file.name} counts for nothing"
-        assert not registers or file not in read or core in file.parents, f"{file.name} counts for every cell"
+        assert file in read | cells or file.stem in ("__init__", "catalogue"), f"{file.name} counts for nothing"
+    assert not read & {Path(of(n).__file__).resolve() for n in names}, "a loss counts for every cell"
+
+
+def test_the_helpers_of_a_loss_count_for_its_cells() -> None:
+    def helpers(name: str) -> set[str]:
+        return {m.__name__.rpartition(".")[2] for m in with_helpers(of(name))}
+
+    assert {"policy_sequence", "policy_gradient", "kl"} <= helpers("gspo")
+    assert {"pairwise", "modifiers", "numerics"} <= helpers("rpo_nll") and "unpaired" not in helpers("rpo_nll")
 
 
 def test_a_failed_job_fails_what_needs_it_and_nothing_else(kitchen: SimpleNamespace, in_threads: None) -> None:
