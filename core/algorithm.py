@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -301,7 +302,27 @@ def register_algorithm(
     )
 
 
-def _of_loss(loss: Loss) -> Algorithm:
+# How a policy-gradient loss samples where it is an algorithm of its own; any composition may do otherwise.
+SAMPLING: dict[str, Any] = {
+    "group_size": 8, "prompts_per_step": 32, "inner_epochs": 1, "minibatches": 1, "temperature": 1.0,
+    "max_new_tokens": 128,
+}  # fmt: skip
+
+
+class SampledLoss(LossEntry):
+    """A policy-gradient loss as an algorithm: it also takes the options of its sampling."""
+
+    @functools.cached_property
+    def own_options(self) -> dict[str, Any]:
+        own = super().own_options
+        return {**own, **{k: v for k, v in SAMPLING.items() if k not in own}}
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        return {**{k: type(v) for k, v in SAMPLING.items()}, **super().hints}
+
+
+def _of_loss(loss: Loss, sampling: Mapping[str, Any]) -> Algorithm:
     """A registered loss is at once an algorithm of the same name, through its family's default composition."""
     if loss.family is Values:
         raise UsageError(
@@ -310,7 +331,12 @@ def _of_loss(loss: Loss) -> Algorithm:
     check_filled(loss)
     prelude = next((PRELUDES[e]() for e in loss.extras if e in PRELUDES), None)
     if loss.family is PolicyGradient:
-        return Algorithm(source=Rollouts(8), feedback=Reward(), credit=GroupRelative(), loss=loss, prelude=prelude)
+        s = {**SAMPLING, **sampling}
+        return Algorithm(
+            source=Rollouts(s["group_size"], temperature=s["temperature"], max_new_tokens=s["max_new_tokens"]),
+            feedback=Reward(), credit=GroupRelative(), loss=loss, prelude=prelude,
+            schedule=Schedule(s["prompts_per_step"], s["inner_epochs"], s["minibatches"]),
+        )  # fmt: skip
     return Algorithm(source=DatasetRows(cast(Kind, takes(loss))), loss=loss, prelude=prelude)
 
 
@@ -325,7 +351,10 @@ def algorithm_entry(name: str) -> Entry:
     if not isinstance(name, str):
         raise UsageError(f"algorithm: expected a name or an Algorithm, got {type(name).__name__}.")
     if name not in ALGORITHMS and name in LOSSES:
-        return LOSSES.entry(name)
+        entry = LOSSES.entry(name)
+        if entry.tags["family"] is PolicyGradient:
+            return SampledLoss(entry.name, entry.function, entry.paper, entry.aliases, entry.tags)
+        return entry
     if name not in ALGORITHMS:
         raise ALGORITHMS.unknown(name, list_algorithms(f"{prefix_of(name)}*"))
     return ALGORITHMS.entry(name)
@@ -339,8 +368,12 @@ def create_algorithm(name: str, /, **options: Any) -> Algorithm:
     """
     entry = algorithm_entry(name)
     entry.check_options(options, "algorithm")
-    is_loss = entry.name not in ALGORITHMS
-    algorithm = _of_loss(create_loss(entry.name, **options)) if is_loss else entry.function(**options)
+    if entry.name in ALGORITHMS:
+        algorithm = entry.function(**options)
+    else:
+        known = LOSSES.entry(entry.name).options
+        loss = create_loss(entry.name, **{k: v for k, v in options.items() if k in known})
+        algorithm = _of_loss(loss, {k: v for k, v in options.items() if k not in known})
     algorithm.name = entry.name
     algorithm.options = {**entry.own_options, **options}
     algorithm.recommended = dict(entry.tags["recommended"])

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from prefzoo.contract import CHECKS, ContractError, NotApplicable, breaks, exceptions_of
-from prefzoo.losses.base import LOSSES, Loss, create_loss
+from prefzoo.losses.base import LOSSES, MODIFIERS, Loss, create_loss
 from prefzoo.parts.count import UNITS
 from prefzoo.records import LossOut, Record
 from prefzoo.registry import UsageError, suggest
@@ -84,6 +84,9 @@ def loss_checks(loss: str | Callable[..., LossOut] | Loss, /, **options: Any) ->
         raise UsageError(
             f"loss {bound.name!r}: no count {bound.count!r}{suggest(bound.count, UNITS)} Known: {', '.join(UNITS)}."
         )
+    for name in bound.entry.tags["refuses"]:
+        if name not in MODIFIERS:
+            raise UsageError(f"loss {bound.name!r} refuses {name!r}: no modifier{suggest(name, MODIFIERS.names())}")
     for key in declared:
         check, _, option = key.partition("@")
         if check not in CHECKS:

@@ -44,6 +44,11 @@ class LossEntry(Entry):
         return modifier.tags["refuses"](self)
 
     def check_options(self, options: Mapping[str, Any], kind: str) -> None:
+        self.check_modifiers(options, kind)
+        super().check_options(options, kind)
+
+    def check_modifiers(self, options: Mapping[str, Any], kind: str) -> None:
+        """Refuse options of modifiers that do not apply to this loss, and say why they do not."""
         for modifier in self.family_modifiers():
             for key in modifier.options:
                 if key in options and key not in self.options:
@@ -51,7 +56,6 @@ class LossEntry(Entry):
                         f"{kind} {self.name!r} does not take {key!r}: modifier {modifier.name!r} does not apply, "
                         f"because {self.refusal(modifier)}."
                     )
-        super().check_options(options, kind)
 
     def family_modifiers(self) -> list[Entry]:
         """All modifiers of the family, outermost first, whether they apply or not."""

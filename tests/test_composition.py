@@ -418,3 +418,20 @@ def test_leave_one_out_of_clipped_and_penalised_rewards() -> None:
         LeaveOneOut(-0.1)
     with pytest.raises(UsageError, match="a least and a largest reward"):
         LeaveOneOut(reward_clip=(1.0, 0.0))
+
+
+def test_a_policy_gradient_loss_takes_the_options_of_its_sampling() -> None:
+    algorithm = create_algorithm("cispo", clip_high=2.0, group_size=4, prompts_per_step=2, max_new_tokens=16)
+    (stage,) = algorithm.stages
+    assert (stage.source.group_size, stage.source.max_new_tokens, stage.schedule.prompts) == (4, 16, 2)
+    assert stage.terms[0].loss.options == {"clip_high": 2.0}
+    assert algorithm.options["temperature"] == 1.0 and algorithm.options["group_size"] == 4
+    with pytest.raises(UsageError, match=r"expected int, got 2\.5"):
+        create_algorithm("cispo", group_size=2.5)
+    with pytest.raises(UsageError, match="no option 'group_size'"):
+        create_loss("cispo", group_size=4)
+
+
+def test_a_modifier_that_does_not_apply_is_refused_with_its_reason_before_training() -> None:
+    with pytest.raises(UsageError, match=r"'simpo' does not take 'divergence'.*no reference"):
+        prefzoo.train("simpo", model="tiny", dataset=[{"prompt": "a", "chosen": "b", "rejected": "c"}], divergence="js")

@@ -18,6 +18,7 @@ from prefzoo.data.samples import Samples
 from prefzoo.data.tokens import tokenise
 from prefzoo.feedback import RewardSource, resolve_reward
 from prefzoo.feedback.rewards import ModelReward
+from prefzoo.losses.base import LossEntry
 from prefzoo.models.adapters import Adapter
 from prefzoo.models.folders import run_model
 from prefzoo.models.load import (
@@ -69,6 +70,8 @@ def resolve(
         translated = entry.tags["spelling"](options)
         options = {**translated.options, **translated.settings}
     mathematics = {} if entry is None else entry.options
+    if isinstance(entry, LossEntry):  # a modifier that does not apply has its own words
+        entry.check_modifiers(options, "algorithm")
     for key in options:
         if key not in mathematics and key not in TrainConfig.model_fields:
             known = [*mathematics, *TrainConfig.model_fields, *arguments]

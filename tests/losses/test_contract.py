@@ -646,6 +646,9 @@ def test_exception_is_honoured_and_kept_honest() -> None:
     register_loss(reduced, exceptions={"paddings": "misspelt"})
     with pytest.raises(UsageError, match="no check 'paddings'"):
         list(loss_checks(reduced))
+    register_loss(with_likelihood, refuses={"wop": "misspelt"})
+    with pytest.raises(UsageError, match="refuses 'wop': no modifier; did you mean 'wpo'"):
+        list(loss_checks(with_likelihood))
 
 
 @pytest.mark.usefixtures("sandbox")
