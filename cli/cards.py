@@ -21,6 +21,7 @@ from prefzoo.algorithm import (
     create_algorithm,
     is_algorithm,
     list_algorithms,
+    untrained,
 )  # fmt: skip
 from prefzoo.losses.base import CREDITS, ESTIMATORS, LOSSES, MODIFIERS, Loss, LossEntry
 from prefzoo.parts.feedback import Verifier
@@ -239,6 +240,7 @@ def loss_facts(name: str, whole: bool = False) -> dict[str, Any]:
     }
     if whole:
         facts |= _documentation(entry)
+        facts["untrained"] = untrained(loss)
     return facts
 
 
@@ -396,6 +398,8 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
             "mean over": facts["count"],
             "needs": ", ".join(facts["needs"]) or "nothing more",
         }
+        if facts["untrained"]:
+            rows["prefzoo train"] = f"not yet: it {facts['untrained']}; call it with records of your own"
     else:
         rows |= {"takes": facts["takes"], "gives": facts["gives"], "needs": ", ".join(facts.get("needs", []))}
         rows["applies to"] = ", ".join(facts.get("applies_to", []))
