@@ -70,7 +70,7 @@ def length_explained(batch: Pairs, *, beta: float = 0.1, alpha: float = 0.15) ->
     Source: Park et al., arXiv:2403.19159, equation 9.
     """
     margin_B = beta * (batch.chosen_ratio_B - batch.rejected_ratio_B)
-    length_B = alpha * (batch.chosen_len_B - batch.rejected_len_B)
+    length_B = alpha * (batch.chosen_len_B - batch.rejected_len_B).to(margin_B.dtype)
     metrics = {"rewards/margins": margin_B.detach(), "rewards/accuracies": (margin_B > 0).float()}
     return LossOut(-F.logsigmoid(margin_B + length_B), metrics)
 
