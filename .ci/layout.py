@@ -1,6 +1,7 @@
 """What pyproject.toml says about folders and packages, and the rules over it. Standard library only.
 
-python .ci/layout.py arrows   cli → benchmarks → algos → core → losses → registry, records → torch: no import goes back
+python .ci/layout.py arrows   no import goes back on the way
+    cli → benchmarks → spellings → algos → core → losses → registry, records → torch
 python .ci/layout.py links    .dev/prefzoo, a tree of links that looks like the installed package
 """
 
@@ -18,7 +19,7 @@ PACKAGES: list[str] = PROJECT["tool"]["setuptools"]["packages"]
 FOLDERS: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
 
 # The arrows, lowest first. A module may import what stands on its own level or below.
-LEVELS = ("registry, records", "losses", "core", "algos", "benchmarks", "cli")
+LEVELS = ("registry, records", "losses", "core", "algos", "spellings", "benchmarks", "cli")
 LEAVES = ("prefzoo.registry", "prefzoo.records")
 # The lazy face gives names from every level on first use; the registry discovers entry points.
 # Both may name modules above them inside functions; the face alone also at any other place.

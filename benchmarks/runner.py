@@ -103,6 +103,8 @@ def _shared_jobs(task: Task) -> tuple[list[Job], dict[str, str]]:
     if task.kind == "requests":
         jobs.append(Job(reward, f"{TASKS}:world_reward_model", spec, dict(inputs), weight=500, sources=loss))
         inputs["reward_model"] = reward
+    if task.settings.get("best_of_n"):
+        jobs.append(Job(f"{name}/best_of_n", f"{TASKS}:world_best_of_n", spec, dict(inputs), weight=150))
     return jobs, inputs
 
 

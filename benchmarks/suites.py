@@ -14,7 +14,8 @@ Kind = Literal["requests", "sums", "pairs"]
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the report. ``training`` overrides the task's recipe; ``curve``: also scored every 10 steps.
+    """One line of the report. ``training`` overrides the task's recipe; ``curve``: also scored while it trains, every
+    10 steps (``True``) or after these steps and the last.
 
     ``algorithm=None`` is a baseline: ``start`` (no training) or ``sft_more`` (as many completion tokens as the largest
     count in the task, on demonstrations not used yet).
@@ -24,7 +25,7 @@ class Method:
     algorithm: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
-    curve: bool = False
+    curve: bool | tuple[int, ...] = False
     weight: float = 40.0
 
     @property
@@ -85,7 +86,8 @@ class Suite:
             chosen = [a for a in algorithms if a in names or everywhere or task is self.tasks[0]]
             methods = tuple(task.method(a) for a in dict.fromkeys(chosen))
             if any(not m.baseline for m in methods):
-                tasks.append(replace(task, methods=(START, *(m for m in methods if not m.baseline), SFT_MORE)))
+                before, after = ([m for m in task.methods if m == baseline] for baseline in (START, SFT_MORE))
+                tasks.append(replace(task, methods=(*before, *(m for m in methods if not m.baseline), *after)))
         if not tasks:
             raise UsageError(f"suite {self.name!r}: no algorithm is left of {', '.join(algorithms)}.")
         return replace(self, tasks=tuple(tasks))
@@ -208,6 +210,31 @@ def pairs() -> Suite:
     )  # fmt: skip
     return Suite(
         "pairs", (task,), budget="one pass over the training third's pairs; rollouts: 2,560 sampled completions"
+    )
+
+
+_POINTS = {"pairs": (10, 20, 40, 80, 160), "rollouts": (5, 10, 20, 30)}
+_OFTEN = {"logging_steps": 5}
+
+
+@SUITES.register
+def replication() -> Suite:
+    """The founding seven against best-of-n: gold reward and KL to the start along training."""
+    own = {"rejection_sampling": {"max_steps": 5, "logging_steps": 1}, "rlvr": {"max_steps": 40}}
+    places = {"dpo": _POINTS["pairs"], "ipo": _POINTS["pairs"], "kto": _POINTS["pairs"], "rejection_sampling": True}
+    methods = tuple(
+        replace(m, training={**_OFTEN, **m.training, **own.get(m.name, {})},
+                curve=places.get(m.name, _POINTS["rollouts"]))
+        for m in SEVEN if not m.baseline
+    )  # fmt: skip
+    line = {"best_of_n": tuple(2**i for i in range(9)), "curve_prompts": 512}
+    checked = Method("rlvr", "rlvr", {}, {**_OFTEN, "max_steps": 60}, curve=(5, 10, 20, 30, 40, 50))
+    return Suite(
+        "replication",
+        (requests_task((START, *methods), **line), sums_task((START, checked), **line)),
+        seeds=3,
+        budget="preference data: one pass over at most 10,000 labelled pairs (20,000 completions); rollouts: at most "
+        "10,240 sampled completions (rejection_sampling: 20,480; sums: 15,360)",
     )
 
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from prefzoo.algorithm import create_algorithm
+from prefzoo.benchmarks import statistics
 from prefzoo.data.formats import convert, load_dataset
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.data.tokens import tokenise
@@ -118,6 +119,35 @@ def world_reward_model(params: Params, inputs: Inputs, folder: Path) -> Facts:
     differ = gold[:, 0] != gold[:, 1]
     right = (scores[differ, 0] > scores[differ, 1]) == (gold[differ, 0] > gold[differ, 1])
     return {**facts, "accuracy_against_gold": float(right.mean()), "pairs_judged": int(differ.sum())}
+
+
+def world_best_of_n(params: Params, inputs: Inputs, folder: Path) -> Facts:
+    """What choosing the best of n of the start's answers earns, by each judge: the line to hold training against.
+
+    Unbiased from as many samples of each validation prompt as the largest n (``statistics.best_of_n_reward``).
+    """
+    s = _settings(params)
+    world = make(params["task"]["kind"], seed=s["world_seed"])
+    policy, tokenizer = _load_start(inputs)
+    rows, most = world.prompts("validation", 256, unique=True), max(s["best_of_n"])
+    scores: dict[str, list[Any]] = {}
+    for i in range(0, len(rows), 32):
+        some, seed = rows[i : i + 32], derive_seed(s["start_seed"], "best of n", i)
+        answers = sample(policy, tokenizer, some, most, Sampling(max_new_tokens=_new_tokens(params)), seed)
+        for name, values in _scores(params, inputs, some, answers, tokenizer).items():
+            scores.setdefault(name, []).append(np.asarray(values, dtype=np.float64).reshape(len(some), most))
+    tables = {name: np.concatenate(parts) for name, parts in scores.items()}
+    line = []
+    for judge in ("proxy", "exact", "gold"):
+        for n in s["best_of_n"] if judge in tables else ():
+            point: dict[str, Any] = {"judge": judge, "n": n, "kl": float(np.asarray(statistics.best_of_n_kl(n)))}
+            for name in {"gold", judge}:
+                earned = statistics.estimate(
+                    np.asarray(statistics.best_of_n_reward(tables[judge], tables[name], n))[None]
+                )
+                point |= {name: earned.mean, f"{name}_se": earned.se}
+            line.append(point)
+    return {"prompts": len(rows), "samples": most, "line": line}
 
 
 def _train_reward_model(start: Path, data: Any, s: Mapping[str, Any], seed: int, folder: Path) -> Facts:
@@ -286,7 +316,7 @@ def _train_cell(params: Params, inputs: Inputs, folder: Path, tokenizer: Any, st
         curve.add(0, start)
 
     def callback(step: int, policy: Policy, metrics: dict[str, float]) -> None:
-        if method["curve"]:
+        if method["curve"] is True or (method["curve"] and step in method["curve"]):
             curve.add(step, policy)
 
     training = {"logging_steps": 10, **method["training"]}
@@ -296,6 +326,8 @@ def _train_cell(params: Params, inputs: Inputs, folder: Path, tokenizer: Any, st
     )
     assert run.policy is not None, f"{method['algorithm']} trains a reward model; a suite compares policies"
     if method["curve"]:
+        if method["curve"] is not True:
+            curve.add(run.history[-1]["step"], run.policy)
         curve.gather()
     return run.policy, run.spent.to_dict()
 
@@ -424,7 +456,7 @@ def _scores(params: Params, inputs: Inputs, rows: Rows, answers: Samples, tokeni
 def _curve_point(params: Params, inputs: Inputs, policy: Policy, start: Policy, tokenizer: Any, step: int) -> pa.Table:
     """Scores on fixed validation prompts (the training third's prompts for a file of pairs) at this step."""
     world = _world(params)
-    count = 256
+    count = params["task"]["settings"].get("curve_prompts", 256)
     rows = (
         world.prompts("validation", count, unique=True) if world else _read_rows(inputs["data"] / "train.jsonl")[:count]
     )

@@ -12,11 +12,11 @@ import typer
 import yaml
 
 from prefzoo.algorithm import algorithm_entry
-from prefzoo.algos.trl import read_trl_config
-from prefzoo.algos.trl.fields import FIELDS
 from prefzoo.plugins import import_file, import_function, names_function
 from prefzoo.processes import Processes
 from prefzoo.registry import UsageError, suggest
+from prefzoo.spellings.trl import read_trl_config
+from prefzoo.spellings.trl.fields import FIELDS
 from prefzoo.training import NonFiniteError, Stopped, TrainConfig
 from prefzoo.training import train as train_algorithm
 from prefzoo.training.checkpoint import found

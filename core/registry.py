@@ -130,7 +130,7 @@ FEW = 30  # names that a message still lists
 
 
 class Registry:
-    """Functions by name. ``provider`` is the module that registers our own entries, imported at the first look-up.
+    """Functions by name. ``provider``: the modules that register our own entries, imported at the first look-up.
 
     Packages add entries through the entry-point groups ``prefzoo.losses``, ``prefzoo.algorithms`` (the kind's plural);
     users' files through ``--import``.
@@ -149,11 +149,11 @@ class Registry:
     ``entry``: the class of its entries.
     """
 
-    def __init__(self, kind: str, provider: str | None = None, entry: type[Entry] = Entry) -> None:
+    def __init__(self, kind: str, provider: str | tuple[str, ...] = (), entry: type[Entry] = Entry) -> None:
         self.kind = kind
         self._entry = entry
-        self._provider = provider
-        self._loaded = provider is None
+        self._providers = (provider,) if isinstance(provider, str) else provider
+        self._loaded = not provider
         self._entries: dict[str, Entry] = {}
         self._aliases: dict[str, str] = {}
         self.absent: dict[str, str] = {}
@@ -185,9 +185,9 @@ class Registry:
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True  # before the import: the provider itself registers here
-        assert self._provider is not None
-        importlib.import_module(self._provider)
+        self._loaded = True  # before the import: the providers themselves register here
+        for provider in self._providers:
+            importlib.import_module(provider)
         plural = f"{self.kind}{'es' if self.kind.endswith('s') else 's'}".replace(" ", "_").lower()
         for point in importlib.metadata.entry_points(group=f"prefzoo.{plural}"):
             point.load()

@@ -16,9 +16,6 @@ import yaml
 
 import prefzoo
 from prefzoo.algorithm import ALGORITHMS, Term, create_algorithm, list_algorithms
-from prefzoo.algos.trl import ABSENT, generation_schedule, read_trl_config, translate
-from prefzoo.algos.trl.fields import FIELDS, NO_LIMIT, OLDER, TABLES, TRAINERS, trainer_of
-from prefzoo.algos.trl.names import LOSS_TYPES, READ_BY, SPELLINGS
 from prefzoo.losses import LOSSES
 from prefzoo.parts.count import Count
 from prefzoo.parts.credit import GroupRelative, LeaveOneOut
@@ -26,6 +23,9 @@ from prefzoo.parts.prelude import EntropyFloor
 from prefzoo.parts.reference import Moving
 from prefzoo.parts.source import Rollouts
 from prefzoo.registry import UsageError
+from prefzoo.spellings.trl import ABSENT, generation_schedule, read_trl_config, translate
+from prefzoo.spellings.trl.fields import FIELDS, NO_LIMIT, OLDER, TABLES, TRAINERS, trainer_of
+from prefzoo.spellings.trl.names import LOSS_TYPES, READ_BY, SPELLINGS
 from prefzoo.training.config import TrainConfig
 
 HERE = Path(__file__).parent

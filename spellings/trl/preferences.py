@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from prefzoo.algorithm import Algorithm, Term, register_algorithm
-from prefzoo.algos.trl.fields import spelling
-from prefzoo.algos.trl.parts import OF_PAIRS, OF_ROWS, all_of, check_read, our_losses, reference
 from prefzoo.losses import create_loss
 from prefzoo.parts.prelude import ClassMidpoint, RotatedBaseline
 from prefzoo.parts.source import DatasetRows
 from prefzoo.registry import NotNegative, Positive, UsageError
+from prefzoo.spellings.trl.fields import spelling
+from prefzoo.spellings.trl.parts import OF_PAIRS, OF_ROWS, all_of, check_read, our_losses, reference
 
 SMOOTHED_DPO = (
     "TRL takes it and does not read it since 0.29. The loss that it made before is 'cdpo', of prefzoo's own entries."

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from prefzoo.algos.trl.rules import Rule, argument, fixed, flag, no_effect, real, setting, text, whole
-from prefzoo.algos.trl.rules_data import (
+from prefzoo.spellings.trl.rules import Rule, argument, fixed, flag, no_effect, real, setting, text, whole
+from prefzoo.spellings.trl.rules_data import (
     MODEL_KWARGS,
     adapter,
     data,
@@ -13,7 +13,7 @@ from prefzoo.algos.trl.rules_data import (
     model_kwargs,
     revision,
 )
-from prefzoo.algos.trl.rules_run import (
+from prefzoo.spellings.trl.rules_run import (
     best,
     betas,
     checkpointing,

@@ -1,6 +1,6 @@
 """TRL's names of losses: which of our entries each of them means, and why; and the names that are not here.
 
-The tables from which the entries ``trl:hinge``, ``trl:cispo``, ... are made (:mod:`prefzoo.algos.trl`).
+The tables from which the entries ``trl:hinge``, ``trl:cispo``, ... are made (:mod:`prefzoo.spellings.trl`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the entries of :mod:`prefzoo.algos.trl` share: recommended training, checks of options, the reference."""
+"""What the entries of :mod:`prefzoo.spellings.trl` share: recommended training, checks of options, the reference."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from prefzoo.algos.trl.names import LOSS_TYPES, READ_BY
 from prefzoo.parts.reference import Moving, Start
 from prefzoo.registry import UsageError, suggest
+from prefzoo.spellings.trl.names import LOSS_TYPES, READ_BY
 
 # What TRL's configurations have in common, in our words: linear decay to 0 without warm-up.
 TRAINING = {"betas": (0.9, 0.999), "warmup_steps": 0, "final_learning_rate": 0.0}

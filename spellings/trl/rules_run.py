@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from prefzoo.algos.trl.rules import NO_LIMIT, Refusal, Translated, flag, listed, mapping, positive, real, text, whole
 from prefzoo.registry import suggest
+from prefzoo.spellings.trl.rules import (
+    NO_LIMIT,
+    Refusal,
+    Translated,
+    flag,
+    listed,
+    mapping,
+    positive,
+    real,
+    text,
+    whole,
+)
 
 
 def rows(out: Translated, name: str) -> None:

@@ -1,9 +1,9 @@
 """The translation of TRL 1.16's configurations: what each field of a trainer is here.
 
 There is one rule for each field of a trainer's configuration, of ``ModelConfig`` and of the arguments of TRL's scripts
-(:mod:`prefzoo.algos.trl.tables`, :mod:`prefzoo.algos.trl.trainers`). A field becomes an option of the ``trl:`` entry, a
-training option, an argument of ``train``; or it has no effect here; or it can only be what it is by default. What
-cannot be done is refused with the reason, never left out.
+(:mod:`prefzoo.spellings.trl.tables`, :mod:`prefzoo.spellings.trl.trainers`). A field becomes an option of the
+``trl:`` entry, a training option, an argument of ``train``; or it has no effect here; or it can only be what it is by
+default. What cannot be done is refused with the reason, never left out.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prefzoo.algos.trl.names import SPELLINGS
-from prefzoo.algos.trl.rules import NO_LIMIT, Refusal, Rule, Translated
-from prefzoo.algos.trl.tables import OLDER
-from prefzoo.algos.trl.trainers import FIELDS, OWN, TABLES, TRAINERS
 from prefzoo.parts.source import Rollouts
 from prefzoo.registry import UsageError, suggest
+from prefzoo.spellings.trl.names import SPELLINGS
+from prefzoo.spellings.trl.rules import NO_LIMIT, Refusal, Rule, Translated
+from prefzoo.spellings.trl.tables import OLDER
+from prefzoo.spellings.trl.trainers import FIELDS, OWN, TABLES, TRAINERS
 from prefzoo.yaml_numbers import read_yaml
 
 ARGUMENTS = {  # what users give to a trainer beside its configuration -> ours

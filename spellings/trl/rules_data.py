@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prefzoo.algos.trl.rules import Refusal, Rule, Translated, flag, listed, mapping, positive, real, show, text
-from prefzoo.algos.trl.rules_run import evaluates
 from prefzoo.registry import suggest
+from prefzoo.spellings.trl.rules import Refusal, Rule, Translated, flag, listed, mapping, positive, real, show, text
+from prefzoo.spellings.trl.rules_run import evaluates
 
 # ---- the model
 

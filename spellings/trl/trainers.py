@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from prefzoo.algos.trl.rules import Rule, argument, fixed, flag, no_effect, option, positive, real, setting, text, whole
-from prefzoo.algos.trl.rules_data import completions_shown, entropy, loss_on, rewards, template, text_field, vllm
-from prefzoo.algos.trl.rules_run import evaluation, fp32_head, logging, max_length, max_steps
-from prefzoo.algos.trl.tables import COSMETIC, FORMAT, MODEL, OLDER, SCRIPT, SPEED, SPREAD, TRAINING, Table
+from prefzoo.spellings.trl.rules import (
+    Rule,
+    argument,
+    fixed,
+    flag,
+    no_effect,
+    option,
+    positive,
+    real,
+    setting,
+    text,
+    whole,
+)
+from prefzoo.spellings.trl.rules_data import completions_shown, entropy, loss_on, rewards, template, text_field, vllm
+from prefzoo.spellings.trl.rules_run import evaluation, fp32_head, logging, max_length, max_steps
+from prefzoo.spellings.trl.tables import COSMETIC, FORMAT, MODEL, OLDER, SCRIPT, SPEED, SPREAD, TRAINING, Table
 
 EXPERTS = fixed(None, 0.0, why="experts get no balancing loss")
 DROPOUT = fixed(True, why="there is no dropout: two passes over the same tokens must agree")

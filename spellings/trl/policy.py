@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from prefzoo.algorithm import Algorithm, Schedule, Term, register_algorithm
-from prefzoo.algos.trl.fields import spelling
-from prefzoo.algos.trl.parts import TRAINING, all_of, check_read, our_losses, reference
-from prefzoo.algos.trl.rules import NO_LIMIT
 from prefzoo.losses import create_loss
 from prefzoo.losses.advantages import Scale
 from prefzoo.parts.count import Count
@@ -16,6 +13,9 @@ from prefzoo.parts.feedback import MaskTruncated, Reward
 from prefzoo.parts.prelude import EntropyFloor
 from prefzoo.parts.source import Rollouts
 from prefzoo.registry import NotNegative, Positive, UsageError, suggest
+from prefzoo.spellings.trl.fields import spelling
+from prefzoo.spellings.trl.parts import TRAINING, all_of, check_read, our_losses, reference
+from prefzoo.spellings.trl.rules import NO_LIMIT
 
 OF_SAMPLES = {**TRAINING, "learning_rate": 1e-6, "epochs": 3.0, "max_length": NO_LIMIT}
 SEQUENCE_NEEDED = "with token ratios TRL only warns; give importance_sampling_level='sequence', or loss_type='grpo'"

@@ -1,6 +1,7 @@
 """How a field of TRL's becomes one of ours: the translation that is filled in, and the rules that fill it in.
 
-The rules of fields that go together are in :mod:`prefzoo.algos.trl.rules_run` and :mod:`prefzoo.algos.trl.rules_data`.
+The rules of fields that go together are in :mod:`prefzoo.spellings.trl.rules_run` and
+:mod:`prefzoo.spellings.trl.rules_data`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """TRL's trainers and losses under TRL's names: ``trl:dpo`` has TRL's mathematics, defaults and option spellings.
 
-The options of an entry are the fields of TRL 1.16's configuration that are mathematics; :mod:`prefzoo.algos.trl.fields`
-knows what all other fields are here. The entries of the trainers are in :mod:`prefzoo.algos.trl.preferences` and
-:mod:`prefzoo.algos.trl.policy`; this module makes those of their losses, ``trl:hinge``, from one table.
+The options of an entry are the fields of TRL 1.16's configuration that are mathematics;
+:mod:`prefzoo.spellings.trl.fields` knows what all other fields are here. The entries of the trainers are in
+:mod:`prefzoo.spellings.trl.preferences` and :mod:`prefzoo.spellings.trl.policy`; this module makes those of their
+losses, ``trl:hinge``, from one table.
 ``docs/from-trl.md`` is the page for those who come from there.
 """
 
@@ -15,11 +16,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from prefzoo.algorithm import ALGORITHMS, Algorithm, register_algorithm
-from prefzoo.algos.trl import preferences  # noqa: F401 - its entries come first
-from prefzoo.algos.trl.fields import TRAINERS, Translated, read_trl_config, spelling, translate
-from prefzoo.algos.trl.names import ABSENT, SPELLINGS, Spelling
-from prefzoo.algos.trl.policy import generation_schedule
 from prefzoo.losses import LOSSES
+from prefzoo.spellings.trl import preferences  # noqa: F401 - its entries come first
+from prefzoo.spellings.trl.fields import TRAINERS, Translated, read_trl_config, spelling, translate
+from prefzoo.spellings.trl.names import ABSENT, SPELLINGS, Spelling
+from prefzoo.spellings.trl.policy import generation_schedule
 
 ALGORITHMS.absent.update(
     {f"trl:{name}": f"is not in the zoo yet: {why}; nearest is {near!r}." for name, (why, near) in ABSENT.items()}
