@@ -274,7 +274,7 @@ def _describe(stage: Stage) -> str:
     return f"{' x '.join(parts)} x {{{terms}}}"
 
 
-ALGORITHMS = Registry("algorithm", provider="prefzoo.algos")
+ALGORITHMS = Registry("algorithm", provider=("prefzoo.algos", "prefzoo.spellings"))
 
 
 def register_algorithm(
@@ -291,7 +291,7 @@ def register_algorithm(
 
     Its keyword-only arguments are the configuration of the mathematics; ``recommended`` are values for
     :class:`~prefzoo.training.TrainConfig` that a user's own values override. ``spelling=`` is a function that turns
-    a run's options, written as another library writes them, into ours (:mod:`prefzoo.algos.trl`).
+    a run's options, written as another library writes them, into ours (:mod:`prefzoo.spellings.trl`).
     """
     if function is None:
         return lambda f: register_algorithm(
