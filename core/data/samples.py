@@ -205,6 +205,13 @@ def sides_of(samples: Samples) -> list[str]:
     return ["chosen", "rejected"] if samples.kind == "pairs" else ["completion"] * samples.per_row
 
 
+def labels_of(samples: Samples) -> Tensor:
+    """Which completions are desirable, (B,): by their label, or of pairs the chosen ones."""
+    if samples.kind == "pairs":
+        return torch.arange(len(samples.completions)) % 2 == 0
+    return samples.columns["desirable"]
+
+
 def scatter(flat_C: Tensor, mask_BT: Tensor) -> Tensor:
     """Flat values (C,) into the masked cells of (B, T), row by row; zeros elsewhere. Differentiable."""
     return torch.zeros(mask_BT.shape, dtype=flat_C.dtype, device=flat_C.device).masked_scatter(mask_BT, flat_C)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -15,21 +16,27 @@ from prefzoo.models.tree import HOOK, TreeBatch
 
 LOGITS_BYTES = 2**30  # logits of a batch up to this size are kept; beyond, they are recomputed chunk by chunk
 Pooling = Literal["last", "mean"]
-Want = Literal["entropy", "log_sq", "kl", "prompt"]  # beside log-probabilities
+Want = Literal["entropy", "log_sq", "kl", "prompt", "logits"]  # beside log-probabilities
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Flat scores of a tree batch: (C,) one per completion token, (R,) per prompt token, (B,) per completion."""
+    """Flat scores of a tree batch: (C,) one per completion token, (R,) per prompt token, (B,) per completion.
+
+    ``heads`` are an offline Q-learner's, (C,) each, by the names of :class:`prefzoo.models.heads.QHeads`.
+    """
 
     logps_C: Tensor | None = None
     entropy_C: Tensor | None = None
     log_sq_C: Tensor | None = None
     kl_C: Tensor | None = None
+    logits_CV: Tensor | None = None
+    teacher_logits_CV: Tensor | None = None
     prompt_logps_R: Tensor | None = None
     values_C: Tensor | None = None
     steps_C: Tensor | None = None
     rewards_B: Tensor | None = None
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Role(nn.Module):
@@ -54,6 +61,14 @@ class Role(nn.Module):
                 parameter.requires_grad_(requires_grad)
         return self
 
+    def slow(self) -> Mapping[str, Tensor]:
+        """What follows the trained weights without being trained, by its own name: it moves with every optimizer step
+        and is kept in checkpoints."""
+        return {}
+
+    def follow(self) -> None:
+        """Move what is :meth:`slow`; called after every optimizer step of this module."""
+
 
 def is_adapter(name: str) -> bool:
     """Whether the parameter of this name is an adapter's: a factor, a magnitude, a new token's row."""
@@ -65,7 +80,8 @@ class Policy(Role):
 
     ``logps_C = log_softmax(logits_C / temperature)[target]`` in float32 at least. On request, all with gradient:
     ``entropy_C``; ``log_sq_C``, log Σ_v p(v)²; ``kl_C``, the exact KL(other ‖ this) to the distribution of another
-    policy, without gradient into that; ``prompt_logps_R``, of the prompts' own tokens.
+    policy, without gradient into that; ``prompt_logps_R``, of the prompts' own tokens; ``logits_CV``, the logits
+    themselves, before any temperature: they are all kept, 4 bytes for every token and entry of the vocabulary.
 
     Args:
         model: the transformers model.
@@ -104,10 +120,12 @@ class Policy(Role):
         vocabulary = self.model.config.get_text_config().vocab_size
         chunk = max(1, LOGITS_BYTES // (4 * vocabulary * (1 if other is None else 2)))
         predict, target = _places(tree, want)
-        if len(target) > chunk:
+        if len(target) > chunk and "logits" not in want:
             return self.chunked(tree, chunk, temperature, want, other)
         theirs = None if other is None else other.frozen_logits(tree, predict)
-        return _scores(tree, want, _score_logits(self._logits(tree, predict), target, temperature, want, theirs))
+        logits = self._logits(tree, predict)
+        scores = _scores(tree, want, _score_logits(logits, target, temperature, want, theirs))
+        return replace(scores, logits_CV=logits[: len(tree.target_C)]) if "logits" in want else scores
 
     def chunked(
         self,
@@ -148,7 +166,17 @@ class Policy(Role):
             return self._whole(tree, predict)
         return self._head(self._hidden(tree)[predict])
 
-    # The three places where weights are used; AdapterOff wraps each.
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    # The four places where weights are used; AdapterOff wraps each.
+
+    def read(self, keep: Tensor | int | None = None, **inputs: Any) -> tuple[Any, Tensor]:
+        """A forward pass of a decode loop: the library's own outputs, and the logits (R, V) at the last token of every
+        row, or at the places ``keep`` of the only one."""
+        out = self.model(**inputs, **({} if keep is None else {"logits_to_keep": keep}))
+        return out, out.logits[0] if isinstance(keep, Tensor) else out.logits[:, -1]
 
     def _whole(self, tree: TreeBatch, predict: Tensor) -> Tensor:
         return _run(self.model, tree, logits_to_keep=predict).logits[0]

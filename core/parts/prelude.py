@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefzoo.data.samples import Samples, loss_mask
+from prefzoo.data.samples import Samples, labels_of, loss_mask
 from prefzoo.losses.policy_modifiers import entropy_floor
 from prefzoo.losses.unpaired import class_midpoint, kto_baseline
 from prefzoo.parts.roles import REFERENCE, Roles
@@ -84,7 +84,7 @@ class ClassMidpoint:
     needs: frozenset[str] = frozenset({REFERENCE})
 
     def __call__(self, samples: Samples, roles: Roles) -> Tensor:
-        return class_midpoint(log_ratios(samples, roles), samples.columns["desirable"])
+        return class_midpoint(log_ratios(samples, roles), labels_of(samples))
 
 
 def log_ratios(samples: Samples, roles: Roles) -> Tensor:

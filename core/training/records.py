@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefzoo.data.samples import Samples, loss_mask, scatter
+from prefzoo.data.samples import Samples, labels_of, loss_mask, scatter
 from prefzoo.losses import Loss
 from prefzoo.models.roles import Scores as ModelScores
 from prefzoo.models.roles import Want
 from prefzoo.models.tree import TreeBatch
 from prefzoo.records import (
+    Distribution,
+    Heads,
     Likelihood,
     Pairs,
     PolicyGradient,
@@ -37,7 +39,9 @@ WANTED: Mapping[str, Want] = MappingProxyType({
 
 def wanted(losses: Iterable[Loss]) -> frozenset[Want]:
     """What these losses need of the policy's distribution, beside log-probabilities."""
-    return frozenset(WANTED[e] for loss in losses for e in loss.extras if e in WANTED)
+    losses = list(losses)
+    logits = frozenset[Want]({"logits"}) if any(loss.family is Distribution for loss in losses) else frozenset[Want]()
+    return logits | {WANTED[e] for loss in losses for e in loss.extras if e in WANTED}
 
 
 def cells(loss: Loss, rows: Samples) -> Tensor:
@@ -46,13 +50,21 @@ def cells(loss: Loss, rows: Samples) -> Tensor:
     mask_BT = loss_mask(rows, rows.mask_BT())
     if rows.kind == "rankings":
         return mask_BT[0 :: rows.width]
-    if rows.kind != "pairs":
+    if rows.kind != "pairs" or loss.family is Unpaired:
         return mask_BT
     if "prompt_logps_BT" not in loss.extras:
         return mask_BT[0::2]
     lengths_B = torch.from_numpy(rows.prompts.lengths[rows.prompt_B[0::2]] - 1)
     prompt_BT = torch.arange(max(int(lengths_B.max()), 0))[None] < lengths_B[:, None]
     return torch.cat([prompt_BT, mask_BT[0::2]], -1)
+
+
+def rows_of(loss: Loss, rows: Samples) -> tuple[int, Tensor | None]:
+    """How many values of rows a loss has on these samples, and their weights; of pairs taken apart, two each."""
+    weights = rows.row_columns.get("weight", rows.columns.get("weight"))
+    if rows.kind != "pairs" or loss.family is not Unpaired:
+        return len(rows), weights
+    return 2 * len(rows), None if weights is None else weights.repeat_interleave(2)
 
 
 def build_record(
@@ -111,6 +123,12 @@ def build_record(
             values_BT=scatter(scores.values_C, mask_BT), mask_BT=trained_BT,
             old_values_BT=_need(tokens("values")), returns_BT=_need(tokens("returns")),
         )  # fmt: skip
+    if family is Heads:
+        heads = {f"{name}_BT": scatter(values_C, mask_BT) for name, values_C in scores.heads.items()}
+        return Heads(
+            **heads, next_v_BT=after(heads["v_BT"].detach(), trained_BT), mask_BT=trained_BT,
+            rewards_BT=at_last(_need(score_B).to(heads["v_BT"].dtype), trained_BT),
+        )  # fmt: skip
     assert scores.logps_C is not None
     logps_BT, ref_BT = scatter(scores.logps_C, mask_BT), tokens("ref_logps")
     if family is Pairs:
@@ -132,12 +150,22 @@ def build_record(
             scores_PK=None if score_B is None else lists(score_B), weight_P=weight_P,
         )  # fmt: skip
     if family is Unpaired:
+        if samples.kind == "pairs" and weight_P is not None:
+            weight_B = weight_P.repeat_interleave(2)
         return Unpaired(
-            logps_BT=logps_BT, mask_BT=trained_BT, desirable_B=_need(column("desirable", samples.columns)),
+            logps_BT=logps_BT, mask_BT=trained_BT, desirable_B=labels_of(samples).to(device),
             ref_logps_BT=ref_BT, baseline=shared.get("baseline"), delta=shared.get("delta"), weight_B=weight_B,
         )  # fmt: skip
     if family is Likelihood:
-        return Likelihood(logps_BT=logps_BT, mask_BT=trained_BT, scores_B=score_B, weight_B=weight_B)
+        return Likelihood(
+            logps_BT=logps_BT, mask_BT=trained_BT, scores_B=score_B, advantages_BT=tokens("advantages"),
+            weight_B=weight_B,
+        )  # fmt: skip
+    if family is Distribution:
+        return Distribution(
+            logits_BTV=scatter_rows(_need(scores.logits_CV), mask_BT),
+            teacher_logits_BTV=scatter_rows(_need(scores.teacher_logits_CV), mask_BT), mask_BT=trained_BT,
+        )  # fmt: skip
     assert family is PolicyGradient
     return PolicyGradient(
         logps_BT=logps_BT, mask_BT=trained_BT, old_logps_BT=_need(tokens("old_logps")),
@@ -145,6 +173,35 @@ def build_record(
         sampling_logps_BT=tokens("sampling_logps"), entropy_BT=scored(scores.entropy_C),
         entropy_floor=shared.get("entropy_floor"),
     )  # fmt: skip
+
+
+def scatter_rows(flat_CV: Tensor, mask_BT: Tensor) -> Tensor:
+    """Flat rows (C, V) into the masked cells of (B, T, V); zeros elsewhere. Differentiable."""
+    return flat_CV.new_zeros(*mask_BT.shape, flat_CV.shape[-1]).index_put((mask_BT,), flat_CV)
+
+
+def after(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Of every masked cell the value at the next one of its row, 0 after the last; what lies between is skipped.
+
+    >>> after(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[True, False, True, True]]))
+    tensor([[3., 3., 4., 0.]])
+    """
+    width = mask_BT.shape[1]
+    place_BT = torch.arange(width, device=mask_BT.device).expand_as(mask_BT)
+    own_BT = torch.where(mask_BT, place_BT, width)
+    next_BT = torch.cat([own_BT.flip(1).cummin(1).values.flip(1)[:, 1:], torch.full_like(own_BT[:, :1], width)], 1)
+    return torch.cat([values_BT, torch.zeros_like(values_BT[:, :1])], 1).gather(1, next_BT)
+
+
+def at_last(values_B: Tensor, mask_BT: Tensor) -> Tensor:
+    """One value per row, (B,), at the last masked cell of the row; zeros elsewhere.
+
+    >>> at_last(torch.tensor([5.0, 7.0]), torch.tensor([[True, True, False], [True, False, False]]))
+    tensor([[0., 5., 0.],
+            [7., 0., 0.]])
+    """
+    last_BT = mask_BT & (mask_BT.flip(1).cumsum(1).flip(1) == 1)
+    return torch.where(last_BT, values_B[:, None], 0.0)
 
 
 def _need(value: Tensor | None) -> Tensor:

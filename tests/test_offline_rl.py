@@ -1,0 +1,183 @@
+"""Offline RL: the heads of a Q-learner and their records, advantages from scored data, and what they decode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from prefzoo.data.samples import Samples
+from prefzoo.losses import create_loss
+from prefzoo.models import heads as heads_module
+from prefzoo.models.heads import QHeads, load_heads, new_heads, save_heads
+from prefzoo.models.load import learn_tokenizer, tiny_model
+from prefzoo.models.roles import Policy
+from prefzoo.models.tree import TreeBatch, pack_rows
+from prefzoo.records import Heads
+from prefzoo.registry import UsageError
+from prefzoo.training.records import after, at_last, build_record
+
+
+@pytest.fixture(scope="module")
+def words() -> PreTrainedTokenizerBase:
+    return learn_tokenizer(["say a: a b c d one two three"], 270)
+
+
+@pytest.fixture(scope="module")
+def policy(words: PreTrainedTokenizerBase) -> Policy:
+    return Policy(tiny_model(words))
+
+
+@pytest.fixture
+def heads(policy: Policy) -> QHeads:
+    """Heads that are not zero."""
+    made = new_heads(policy)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return made
+
+
+ROWS = [([5, 6, 7], [[8, 9, 10], [11]]), ([12, 13], [[14, 15]])]
+
+
+def tree() -> TreeBatch:
+    return TreeBatch.of(pack_rows(ROWS))
+
+
+def test_the_scores_are_those_of_the_whole_table_of_q(heads: QHeads) -> None:
+    batch = tree()
+    found = heads(batch, lse=True).heads
+    hidden = heads_module.run_trunk(heads.trunk, batch)[batch.predict_C]
+    rows = torch.arange(len(batch.target_C))
+    for name in ("q1", "q2"):
+        table_CV = heads.head[name](hidden)
+        torch.testing.assert_close(found[name], table_CV[rows, batch.target_C])
+        torch.testing.assert_close(found[f"{name}_lse"], table_CV.logsumexp(-1))
+    slow = [heads.head[name](hidden)[rows, batch.target_C] for name in heads_module.SLOW]
+    torch.testing.assert_close(found["target_q"], torch.minimum(*slow))
+    assert not found["target_q"].requires_grad and found["q1"].requires_grad and found["v"].requires_grad
+    torch.testing.assert_close(heads(batch).heads["q1"], found["q1"])  # without the table, the same
+    advantage_CV = heads.advantages(hidden)
+    torch.testing.assert_close(advantage_CV[rows, batch.target_C], found["target_q"] - found["v"])
+
+
+def test_chunks_give_the_same_scores_and_gradients(heads: QHeads, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> tuple[dict[str, Tensor], list[Tensor]]:
+        heads.zero_grad()
+        found = dict(heads(tree(), lse=True).heads)
+        sum((v.square().sum() for v in found.values() if v.requires_grad), torch.zeros(())).backward()
+        return found, [p.grad.clone() for p in heads.parameters() if p.grad is not None]
+
+    heads.double()
+    whole, gradients = run()
+    monkeypatch.setattr(heads_module, "LOGITS_BYTES", 8 * 270 * 2)
+    parts, others = run()
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(others, gradients)
+
+
+def test_the_slow_q_follow_by_their_share_and_are_never_trained(heads: QHeads) -> None:
+    fast, slow = heads.head["q1"][2].weight, heads.head["slow_q1"][2].weight
+    before = slow.detach().clone()
+    heads.follow()
+    torch.testing.assert_close(slow, before + 0.005 * (fast - before))
+    assert fast.requires_grad and not slow.requires_grad
+    assert {k.partition(".")[2].partition(".")[0] for k in heads.slow()} == set(heads_module.SLOW)
+    assert set(heads.slow()) <= set(dict(heads.named_parameters()))
+
+
+def test_new_heads_are_zero_and_leave_the_policy_alone(policy: Policy) -> None:
+    before = {k: v.clone() for k, v in policy.state_dict().items()}
+    made = new_heads(policy)
+    found = made(tree(), lse=True).heads
+    assert not any(found[name].any() for name in ("q1", "q2", "v", "target_q"))
+    loss = (1 - found["q1"]).square().sum() + (1 - found["q2"]).square().sum()
+    loss.backward()
+    first, second = (made.head[name][2].weight.grad for name in ("q1", "q2"))
+    assert not torch.equal(first, second), "two Q that learn the same are one"
+    made.trunk.get_input_embeddings().weight.data.zero_()
+    assert all(torch.equal(v, before[k]) for k, v in policy.state_dict().items())
+
+
+def test_heads_come_back_from_their_folder(heads: QHeads, words: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    said: list[str] = []
+    save_heads(heads, words, tmp_path / "heads", note=said.append)
+    assert "transformers loads the model beside them, whose answers do not know the heads" in said[0]
+    back = load_heads(tmp_path / "heads")
+    torch.testing.assert_close(dict(back(tree(), lse=True).heads), dict(heads(tree(), lse=True).heads))
+    with pytest.raises(UsageError, match="holds no heads of a Q-learner"):
+        load_heads(tmp_path)
+
+
+def scored_samples(score: list[float], **tokens: Tensor) -> Samples:
+    made = pack_rows(ROWS)
+    return Samples("scored", made.prompts, made.completions, made.prompt_B, {"score": torch.tensor(score)}, {}, tokens)
+
+
+def record_of(heads: QHeads, samples: Samples) -> Heads:
+    batch = TreeBatch.of(samples)
+    record = build_record(Heads, samples, heads(batch, lse=True), batch, {})
+    assert isinstance(record, Heads)
+    return record
+
+
+def test_the_record_puts_the_score_on_the_last_token_and_shifts_values(heads: QHeads) -> None:
+    record = record_of(heads, scored_samples([1.0, 2.0, 3.0]))
+    assert record.rewards_BT.tolist() == [[0, 0, 1], [2, 0, 0], [0, 3, 0]]
+    v = record.v_BT.detach()
+    expected = torch.tensor([[v[0, 1], v[0, 2], 0], [0, 0, 0], [v[2, 1], 0, 0]])
+    torch.testing.assert_close(torch.where(record.mask_BT, record.next_v_BT, 0.0), expected)
+    assert not record.next_v_BT.requires_grad
+
+
+def test_what_is_not_trained_is_skipped_between_a_token_and_the_value_after_it(heads: QHeads) -> None:
+    trainable = torch.tensor([True, False, True, True, True, False])
+    record = record_of(heads, scored_samples([1.0, 2.0, 3.0], trainable=trainable))
+    assert record.rewards_BT.tolist() == [[0, 0, 1], [2, 0, 0], [3, 0, 0]]
+    assert record.next_v_BT[0, 0] == record.v_BT[0, 2] and record.next_v_BT[2, 0] == 0
+
+
+def test_shifts_on_random_masks_are_those_of_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask_BT = torch.rand(40, 7, generator=generator) < 0.5
+    values_BT = torch.randn(40, 7, generator=generator)
+    for row, (mask, values) in enumerate(zip(mask_BT, values_BT, strict=True)):
+        places = mask.nonzero()[:, 0].tolist()
+        following = dict(zip(places, [*places[1:], None], strict=True)) if places else {}
+        for place in places:
+            after_it = following[place]
+            assert after(values_BT, mask_BT)[row, place] == (0 if after_it is None else values[after_it])
+        expected = torch.zeros(7)
+        expected[places[-1:]] = float(row)
+        assert torch.equal(at_last(torch.arange(40.0), mask_BT)[row], expected)
+
+
+def q_learned(steps: int, gamma: float, reward: float) -> tuple[Tensor, Tensor]:
+    """Q and V of a chain of tokens, fitted by the losses on records made as the run makes them."""
+    mask_BT = torch.ones(1, 4, dtype=torch.bool)
+    q1, q2, v = (torch.zeros(1, 4, requires_grad=True) for _ in range(3))
+    optimizer = torch.optim.SGD([q1, q2, v], lr=0.3)
+    rewards_BT = at_last(torch.tensor([reward]), mask_BT)
+    for _ in range(steps):
+        record = Heads(
+            q1_BT=q1, q2_BT=q2, v_BT=v, next_v_BT=after(v.detach(), mask_BT), mask_BT=mask_BT, rewards_BT=rewards_BT,
+            target_q_BT=torch.minimum(q1, q2).detach(),
+        )  # fmt: skip
+        loss = create_loss("ilql_q", gamma=gamma)(record).loss.sum() + create_loss("ilql_v")(record).loss.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return q1.detach()[0], v.detach()[0]
+
+
+def test_one_path_through_the_data_has_the_discounted_reward_as_its_q() -> None:
+    """Where every state has one token, Q(s_t) = γ^(T-1-t) R and V = Q: the fixed point of both losses."""
+    q_T, v_T = q_learned(400, gamma=0.9, reward=2.0)
+    expected = torch.tensor([2 * 0.9**3, 2 * 0.9**2, 2 * 0.9, 2.0])
+    torch.testing.assert_close(q_T, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(v_T, expected, atol=1e-3, rtol=0)
