@@ -284,3 +284,40 @@ def lipo(batch: Ranked, *, beta: Positive = 0.1) -> LossOut:
     weight_PKK = lambda_weights(scores_PK, x_PK, batch.valid_PK)
     loss_PKK = -weight_PKK * F.logsigmoid(differences_PKK(x_PK, batch.valid_PK))
     return LossOut(loss_PKK.sum((-2, -1)), ranking_metrics(batch, beta))
+
+
+@register_loss(paper="arXiv:2405.00675", extras=("scores_PK",), recommended={"learning_rate": 5e-7})
+def sppo(batch: Ranked, *, beta: Positive = 0.001) -> LossOut:
+    """Self-play preference optimization: regress the log-ratio of every sample on how often it wins.
+
+        loss = 1/K Σ_i (s_i - (p_i - 1/2) / β)²
+
+    Args:
+        batch: rankings with reference log-probabilities, (P, K, T), in nats, and ``scores_PK``, p: the probability that
+            a completion beats one of the policy that wrote them, the reference here, from 0 to 1.
+        beta: 1 / η of the paper: nats of target per unit of win probability are 1 / β.
+
+    Returns:
+        One loss per list, (P,), in squared nats. Metrics (P,) as ``pl_dpo``.
+
+    Convention: the paper's estimate from K samples; its authors train on the best and the worst alone, lists of two,
+    and take half the sum of the two squares, which a mean is. Defaults are those of their scripts (η = 1000). The log
+    of the partition function is taken to be 1 / (2 β), as in the paper. Not in TRL; of a pair and one probability:
+    ``sppo_soft``.
+
+    Known failure: at the default beta a tenth of win probability is 100 nats, so learning rate and number of steps set
+    how far it moves. Scores that are no probabilities make targets without a meaning.
+
+    Source: Wu et al., Self-Play Preference Optimization for Language Model Alignment, arXiv:2405.00675, equation 4.8.
+
+    >>> batch = Ranked(
+    ...     logps_PKT=torch.tensor([[[-1.0], [-2.0]]]), ref_logps_PKT=torch.full((1, 2, 1), -2.0),
+    ...     mask_PKT=torch.ones(1, 2, 1, dtype=torch.bool), valid_PK=torch.ones(1, 2, dtype=torch.bool),
+    ...     scores_PK=torch.tensor([[0.75, 0.25]]))
+    >>> sppo(batch, beta=0.5).loss  # ((1 - 0.5)² + (0 + 0.5)²) / 2
+    tensor([0.2500])
+    """
+    target_PK = (scores_of(batch, "sppo", "for the probabilities to win") - 0.5) / beta
+    valid_PK = batch.valid_PK
+    squares_PK = (batch.ratio_PK - target_PK).square() / valid_PK.sum(-1, keepdim=True).clamp(min=1)
+    return LossOut(of_lists(squares_PK, valid_PK), ranking_metrics(batch, beta))

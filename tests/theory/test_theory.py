@@ -11,13 +11,13 @@ import torch
 
 from prefzoo.losses import LOSSES, create_loss
 from prefzoo.records import LossOut, Pairs, Ranked, RankedScores, Ratings, Record, Scores, StepScores, Unpaired
-from prefzoo.theory import Finding, pairs, preferences, ranked, rewards, unpaired
+from prefzoo.theory import Finding, online, pairs, preferences, ranked, rewards, unpaired
 from prefzoo.theory.base import Theorem, load_theorems
 
 ALL = [(t, entry) for t in load_theorems() for entry in t.entries]
 PREFERENCE_FAMILIES = (Pairs, Unpaired, Ranked, Scores, RankedScores, Ratings, StepScores)
 PREFERENCE = [n for n in LOSSES.names() if LOSSES.entry(n).tags["family"] in PREFERENCE_FAMILIES]
-MODULES = (pairs, preferences, ranked, rewards, unpaired)
+MODULES = (online, pairs, preferences, ranked, rewards, unpaired)
 
 
 @pytest.mark.parametrize(("theorem", "entry"), ALL, ids=[f"{t.name}-{entry}" for t, entry in ALL])
