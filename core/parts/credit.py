@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from torch import Tensor
 from prefzoo.data.samples import Samples
 from prefzoo.losses import advantages
 from prefzoo.losses.kl import ValueEstimatorName, kl_estimator
-from prefzoo.parts.controllers import AdaptiveKL, FixedKL
-from prefzoo.parts.roles import CRITIC, REFERENCE
+from prefzoo.parts.critics import GAE
+from prefzoo.parts.roles import REFERENCE
 from prefzoo.registry import UsageError
 
 
@@ -31,7 +31,7 @@ class GroupRelative:
 
     def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
         group_B = torch.from_numpy(samples.prompt_B)
-        return _per_token(samples, advantages.group_relative(scores_B, group_B, scale=self.scale, eps=self.eps))
+        return per_token(samples, advantages.group_relative(scores_B, group_B, scale=self.scale, eps=self.eps))
 
 
 @dataclass(frozen=True)
@@ -73,45 +73,7 @@ class LeaveOneOut:
             known = advantage_B[compared_B]
             scale = known.std() + 1e-4 if len(known) > 1 else 1.0
             advantage_B = torch.where(compared_B, (advantage_B - known.mean()) / scale, 0.0)
-        return _per_token(samples, advantage_B)
-
-
-@dataclass(frozen=True)
-class GAE:
-    """Generalised advantage estimation with a critic, a KL penalty in the reward, and whitened advantages.
-
-    r_t = - kl * k(pi, ref)_t + [t is the last token] score;  A_t = sum_l (gamma * lam)^l delta_{t+l}
-    """
-
-    lam: float = 0.95
-    gamma: float = 1.0
-    kl: FixedKL | AdaptiveKL = field(default_factory=FixedKL)
-    estimator: ValueEstimatorName = "k1"
-    whiten: bool = True
-
-    gives = "advantages"
-    smallest_group = 1
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({CRITIC, REFERENCE})
-
-    def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
-        mask_BT = samples.mask_BT()
-        old_BT, ref_BT, values_BT = (samples.padded(samples.tokens[k]) for k in ("old_logps", "ref_logps", "values"))
-        known_B = ~scores_B.isnan()  # a missing reward gives no signal: its row is left out below
-        rewards_BT = advantages.shaped_rewards(
-            scores_B.nan_to_num(), old_BT, ref_BT, mask_BT, kl=self.kl.value, estimator=self.estimator
-        )
-        advantages_BT, returns_BT = advantages.gae(rewards_BT, values_BT, mask_BT, gamma=self.gamma, lam=self.lam)
-        counted_BT = mask_BT & known_B[:, None]
-        if self.whiten:
-            advantages_BT = advantages.whiten(advantages_BT, counted_BT)
-        flat_known = known_B.repeat_interleave(mask_BT.sum(-1))
-        trainable = samples.tokens.get("trainable", torch.ones_like(flat_known)) & flat_known
-        return samples.with_tokens(
-            advantages=advantages_BT[mask_BT], returns=returns_BT[mask_BT], trainable=trainable
-        )  # fmt: skip
+        return per_token(samples, advantage_B)
 
 
 @dataclass(frozen=True)
@@ -133,7 +95,8 @@ class BestOfK:
         return samples.take(winners.numpy())
 
 
-def _per_token(samples: Samples, advantage_B: Tensor) -> Samples:
+def per_token(samples: Samples, advantage_B: Tensor) -> Samples:
+    """Every token gets the advantage of its completion."""
     lengths_B = torch.from_numpy(samples.completions.lengths)
     return samples.with_tokens(advantages=advantage_B.repeat_interleave(lengths_B))
 
@@ -145,3 +108,6 @@ def sequence_kl(samples: Samples, estimator: ValueEstimatorName = "k1") -> Tenso
         torch.arange(len(samples.completions)), torch.from_numpy(samples.completions.lengths)
     )
     return torch.zeros(len(samples.completions)).index_add(0, owner_C, kl_C)
+
+
+__all__ = ["GAE", "BestOfK", "GroupRelative", "LeaveOneOut", "per_token", "sequence_kl"]
