@@ -57,6 +57,10 @@ class AdapterOff(Policy):
             for parameter in trained:
                 parameter.requires_grad_(True)
 
+    def read(self, keep: Tensor | int | None = None, **inputs: Any) -> tuple[Any, Tensor]:
+        with self._off():
+            return super().read(keep, **inputs)
+
     def _whole(self, tree: TreeBatch, predict: Tensor) -> Tensor:
         with self._off():
             return super()._whole(tree, predict)
