@@ -16,6 +16,7 @@ from prefzoo.models.heads import QHeads, load_heads, new_heads, save_heads
 from prefzoo.models.load import learn_tokenizer, tiny_model
 from prefzoo.models.roles import Policy
 from prefzoo.models.tree import TreeBatch, pack_rows
+from prefzoo.parts.offline import ReturnAbove
 from prefzoo.records import Heads
 from prefzoo.registry import UsageError
 from prefzoo.training.records import after, at_last, build_record
@@ -181,3 +182,42 @@ def test_one_path_through_the_data_has_the_discounted_reward_as_its_q() -> None:
     expected = torch.tensor([2 * 0.9**3, 2 * 0.9**2, 2 * 0.9, 2.0])
     torch.testing.assert_close(q_T, expected, atol=1e-3, rtol=0)
     torch.testing.assert_close(v_T, expected, atol=1e-3, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------- scores less a baseline
+
+
+def by_row(samples: Samples) -> list[list[float]]:
+    return [a.tolist() for a in samples.tokens["advantages"].split(samples.completions.lengths.tolist())]
+
+
+def test_advantages_of_scores_are_above_the_prompts_or_the_datas_mean() -> None:
+    samples = scored_samples([1.0, 2.0, 6.0])
+    scores_B = samples.columns["score"]
+    of_prompt = ReturnAbove("prompt", standardise=False)(samples, scores_B)
+    assert by_row(of_prompt) == [[-0.5, -0.5, -0.5], [0.5], [0, 0]]
+    of_data = ReturnAbove("data", standardise=False)(samples, scores_B)
+    assert by_row(of_data) == [[-2, -2, -2], [-1], [3, 3]]
+    scaled = ReturnAbove("data")(samples, scores_B).tokens["advantages"]
+    assert abs(float(scaled.std()) - 1) < 1e-3
+    for baseline in ("prompt", "data"):
+        shifted = ReturnAbove(baseline)(samples, scores_B + 5).tokens["advantages"]  # type: ignore[arg-type]
+        torch.testing.assert_close(shifted, ReturnAbove(baseline)(samples, scores_B).tokens["advantages"])  # type: ignore[arg-type]
+
+
+def test_a_critics_advantages_are_of_tokens_and_its_returns_the_scores() -> None:
+    values = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    samples = scored_samples([1.0, float("nan"), 6.0], values=values)
+    found = ReturnAbove("critic", standardise=False)(samples, samples.columns["score"])
+    assert by_row(found)[0] == [1, 0, -1] and by_row(found)[2] == [2, 1]
+    assert found.tokens["returns"][[0, 4]].tolist() == [1, 6]
+    assert found.tokens["trainable"].tolist() == [True] * 3 + [False] + [True] * 2
+    assert ReturnAbove("critic").needs == {"critic"} and ReturnAbove().needs == set()
+
+
+def test_a_missing_score_weighs_nothing() -> None:
+    samples = scored_samples([1.0, float("nan"), 6.0])
+    found = ReturnAbove("data")(samples, samples.columns["score"])
+    assert bool(found.tokens["advantages"][3].isnan()) and int(found.tokens["advantages"].isnan().sum()) == 1
+    with pytest.raises(UsageError, match="baseline is 'mean'"):
+        ReturnAbove("mean")  # type: ignore[arg-type]

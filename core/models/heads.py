@@ -63,6 +63,17 @@ class QHeads(Role):
         """Whether batches run packed; else padded."""
         return is_packed(self.trunk)
 
+    @property
+    def config(self) -> Any:
+        return self.trunk.config
+
+    def read(self, keep: Tensor | int | None = None, **inputs: Any) -> tuple[Any, Tensor]:
+        """For the decode loop: outputs of the trunk, and :meth:`advantages` at the last token of every row, or at the
+        places ``keep`` of the only one."""
+        out = self.trunk(**inputs)
+        hidden = out.last_hidden_state
+        return out, self.advantages(hidden[0, keep] if isinstance(keep, Tensor) else hidden[:, -1])
+
     def requires_grad_(self, requires_grad: bool = True) -> QHeads:
         """The slow Q are never trained."""
         super().requires_grad_(requires_grad)
