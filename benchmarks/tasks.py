@@ -35,6 +35,7 @@ from prefzoo.rollout import Finish, Sampling
 from prefzoo.seeds import derive_seed, generator
 from prefzoo.training import train
 from prefzoo.worlds import make
+from prefzoo.worlds.base import stream
 
 Params = Mapping[str, Any]
 Inputs = Mapping[str, Path]
@@ -86,6 +87,8 @@ def world_preferences(params: Params, inputs: Inputs, folder: Path) -> Facts:
                      derive_seed(s["start_seed"], "preferences"))  # fmt: skip
     k = s["samples"]
     words, flags = texts(answers, tokenizer), ended(answers)
+    if s.get("rated"):
+        return _rated(world, rows, words, flags, s, folder)
     pairs, report = world.preferences(
         rows, [words[i : i + k] for i in range(0, len(words), k)], [flags[i : i + k] for i in range(0, len(flags), k)],
         seed=derive_seed(s["start_seed"], "annotators"),
@@ -102,6 +105,51 @@ def world_preferences(params: Params, inputs: Inputs, folder: Path) -> Facts:
         ]
     _write_rows(folder / "data.jsonl", pairs)
     return {"rows": len(pairs), **report}
+
+
+def _rated(world: Any, rows: Rows, words: list[str], flags: list[bool], s: Mapping[str, Any], folder: Path) -> Facts:
+    """The same answers rated one by one: as rankings, and as disjoint pairs with all that pairs can say.
+
+    Of a pair: ``score_chosen``, ``score_rejected``, their difference ``margin``, and ``probability``, how likely these
+    annotators are to prefer the chosen side. Answers that were cut are left out, and so are identical ones.
+    """
+    rng = stream(world.name, world.seed, "ratings", derive_seed(s["start_seed"], "annotators"))
+    pairs, rankings, agreed, decided, k = [], [], 0, 0, s["samples"]
+    for i, row in enumerate(rows):
+        request = row["request"]
+        found = {words[j]: world.rate(request, words[j], True, rng=rng) for j in range(i * k, i * k + k) if flags[j]}
+        if s["permuted"]:  # a control: ratings that say nothing
+            dealt = generator(s["start_seed"], "permuted ratings", i).permutation(list(found.values()))
+            found = dict(zip(found, dealt.tolist(), strict=True))
+        told = list(found.items())
+        if len(told) > 1:
+            answers, scores = zip(*told, strict=True)
+            rankings.append({**row, "completions": list(answers), "scores": list(scores)})
+        for a, b in zip(told[::2], told[1::2], strict=False):
+            (chosen, high), (rejected, low) = (a, b) if a[1] > b[1] else (b, a)
+            gap = world.utility(request, chosen, True) - world.utility(request, rejected, True)
+            likely = 0.5 + 0.5 * math.tanh(0.5 * gap / world.temperature)
+            pairs.append({
+                **row, "chosen": chosen, "rejected": rejected, "score_chosen": high, "score_rejected": low,
+                "margin": high - low, "probability": likely,
+            })  # fmt: skip
+            truth = world.gold(request, chosen, True) - world.gold(request, rejected, True)
+            decided, agreed = decided + (truth != 0), agreed + (truth > 0)
+    _write_rows(folder / "data.jsonl", pairs)
+    _write_rows(folder / "rankings.jsonl", rankings)
+    return {"rows": len(pairs), "rankings": len(rankings), "agreement": agreed / max(decided, 1)}
+
+
+def world_teacher(params: Params, inputs: Inputs, folder: Path) -> Facts:
+    """The model that others are distilled from: the start, trained on the best of its own answers by gold reward."""
+    s = _settings(params)
+    world = make(params["task"]["kind"], seed=s["world_seed"])
+    run = train(
+        "rejection_sampling", model=inputs["start"] / "run" / "final", dataset=world.prompts("train", s["prompts"]),
+        reward=world.gold_reward, output_dir=folder / "run", resume=True, seed=s["start_seed"],
+        max_new_tokens=_new_tokens(params), max_steps=s["teacher_rounds"], learning_rate=5e-4, quiet=True,
+    )  # fmt: skip
+    return {"spent": run.spent.to_dict()}
 
 
 def world_reward_model(params: Params, inputs: Inputs, folder: Path) -> Facts:

@@ -534,6 +534,15 @@ class Requests(World):
         utility_b = self._judge(request, completion_b, ended_b, bias, strength)[1]
         return rng.random() < self._chance(utility_a - utility_b, temperature)
 
+    def rate(self, request: Request, completion: str, ended: bool, *, rng: random.Random) -> float:
+        """One rating by a biased, noisy annotator: utility - T log(-log U), U uniform, T the world's temperature.
+
+        Of two completions the higher rating is that of a with probability σ((utility(a) - utility(b)) / T), as
+        `annotate` prefers it; of K the order is a Plackett-Luce ranking.
+        """
+        utility = self.utility(request, completion, ended)
+        return utility - self.temperature * math.log(-math.log(max(rng.random(), 1e-300)))
+
     def preferences(
         self,
         prompts: Sequence[Row],
