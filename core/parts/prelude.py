@@ -73,18 +73,54 @@ class EntropyFloor:
         return entropy_floor(samples.padded(roles.policy_entropy(samples)), mask_BT, self.share)
 
 
+class RunningMean:
+    """The mean of a number over all rows of the run so far, that of a prelude (``follows``): after each optimizer step
+    it becomes what the prelude gave, the mean with that step's rows.
+
+    >>> mean = RunningMean("delta")
+    >>> mean.update(mean.with_batch(1.0, 2), 2)
+    >>> mean.with_batch(4.0, 1), mean.value  # (1 + 1 + 4) / 3, not yet taken
+    (2.0, 1.0)
+    """
+
+    def __init__(self, follows: str) -> None:
+        self.follows = follows
+        self.value = 0.0
+        self.rows = 0
+
+    def with_batch(self, value: float, rows: int) -> float:
+        """What the mean would be with so many rows more, whose own is ``value``."""
+        return self.value + (value - self.value) * rows / max(self.rows + rows, 1)
+
+    def update(self, mean: float, n: int) -> None:
+        self.value, self.rows = mean, self.rows + n
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value, "rows": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.value, self.rows = float(state["value"]), int(state["rows"])
+
+
 @dataclass(frozen=True)
 class ClassMidpoint:
     """BCO's shift: the midpoint of the mean log-ratios of desirable and of undesirable rows of the optimizer batch.
 
-    The paper follows it with a running average over batches; here it is that of the batch itself.
+    ``running``: it is averaged with the midpoints of the batches before, each weighing as much as it has rows. Name the
+    same object in the stage's controllers: it follows ``"delta"`` and is kept in checkpoints.
+
+    Source: Jung et al. (BCO), arXiv:2404.04656, section 3.2, whose shift is a running average.
     """
 
+    running: RunningMean | None = None
     gives = "delta"
     needs: frozenset[str] = frozenset({REFERENCE})
 
     def __call__(self, samples: Samples, roles: Roles) -> Tensor:
-        return class_midpoint(log_ratios(samples, roles), labels_of(samples))
+        midpoint = class_midpoint(log_ratios(samples, roles), labels_of(samples))
+        if self.running is None:
+            return midpoint
+        return midpoint.new_tensor(self.running.with_batch(float(midpoint), len(samples)))
 
 
 def log_ratios(samples: Samples, roles: Roles) -> Tensor:
