@@ -84,10 +84,11 @@ def list_(
         str, typer.Argument(metavar="[algorithms|losses|modifiers|credits|estimators]", show_default=False)
     ] = "algorithms",
     pattern: Annotated[str | None, typer.Argument(metavar="[PATTERN]", help="shell pattern, such as '*po'")] = None,
+    lines: Annotated[bool, typer.Option("--lines", help="of algorithms: what each is, not what it is made of")] = False,
     imports: Imports = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """What there is: one line for each algorithm; or each loss, and the functions around losses.
+    """What there is: each algorithm with the parts it is made of; or each loss, and the functions around losses.
 
     'losses' lists modifiers, credit functions and KL estimators too; each has a word that lists it alone.
     """
@@ -95,7 +96,7 @@ def list_(
 
     if pattern is None and kind not in cards.KINDS:  # prefzoo list '*po'
         kind, pattern = "algorithms", kind
-    cards.show_list(kind, pattern or "*", imports, as_json)
+    cards.show_list(kind, pattern or "*", imports, as_json, lines)
 
 
 @app.command()
@@ -160,6 +161,7 @@ def train(
         typer.Option(help="reward-model folder, verifier (exact, numeric) or my_file.py:function; repeated: their sum"),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="model that is the anchor (default: the start model)")] = None,
+    teacher: Annotated[str | None, typer.Option(help="model that is learned from (gkd, minillm, seqkd)")] = None,
     ptx_dataset: Annotated[str | None, typer.Option(help="demonstrations for ppo --ptx")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="hub repository for the result")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything that is random")] = None,
@@ -190,7 +192,8 @@ def train(
     words = [*([] if name is None else [name]), *context.args]
     given = {
         "model": model, "dataset": dataset, "eval_dataset": eval_dataset, "columns": columns, "output_dir": output_dir,
-        "max_steps": max_steps, "reward": reward, "reference": reference, "ptx_dataset": ptx_dataset,
+        "max_steps": max_steps, "reward": reward, "reference": reference, "teacher": teacher,
+        "ptx_dataset": ptx_dataset,
         "push_to_hub": push_to_hub, "seed": seed, "resume": resume or None, "may_differ": may_differ,
     }  # fmt: skip
     training.train(words, given, config, from_trl, settings or [], imports, quiet)

@@ -110,7 +110,7 @@ def packages() -> dict[str, str]:
 def dry_run(name: str, merged: Mapping[str, Any]) -> tuple[dict[str, str], Steps]:
     """Two steps on the first rows, with everything else as it will be; nothing is written."""
     merged = {k: v for k, v in merged.items() if k not in ("output_dir", "push_to_hub", "best_metric", "eval_dataset")}
-    mine = ("model", "reward", "reward_weights", "reference", "ptx_dataset")
+    mine = ("model", "reward", "reward_weights", "reference", "teacher", "ptx_dataset")
     arguments = {k: merged.pop(k) for k in mine if k in merged}
     dataset = merged.pop("dataset", None)
     for key in ("eval_steps", "eval_split", "eval_samples", "best_mode", "patience", "report_to"):

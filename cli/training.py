@@ -24,7 +24,7 @@ from prefzoo.yaml_numbers import Numbers, read_yaml
 
 # What train() takes beside options of the algorithm and of the training.
 ARGUMENTS = (
-    "model", "dataset", "output_dir", "reward", "reward_weights", "reference", "ptx_dataset", "eval_dataset",
+    "model", "dataset", "output_dir", "reward", "reward_weights", "reference", "teacher", "ptx_dataset", "eval_dataset",
     "push_to_hub", "resume", "may_differ",
 )  # fmt: skip
 

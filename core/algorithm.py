@@ -5,20 +5,27 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
-from prefzoo.data.samples import Kind
+from torch import Tensor
+
+from prefzoo.data.samples import Kind, Samples
 from prefzoo.losses import LOSSES, Loss, create_loss
 from prefzoo.losses.base import LossEntry
-from prefzoo.parts.controllers import AdaptiveKL, FixedKL
+from prefzoo.parts.controllers import AdaptiveKL, Controller
 from prefzoo.parts.count import Count, as_count
-from prefzoo.parts.credit import GAE, BestOfK, GroupRelative, LeaveOneOut
-from prefzoo.parts.feedback import Finished, Labels, MaskTruncated, Reward
+from prefzoo.parts.credit import GroupRelative
+from prefzoo.parts.feedback import Labels, Unjudged
+from prefzoo.parts.options import SAMPLING, sampled
 from prefzoo.parts.prelude import PRELUDES, Prelude
-from prefzoo.parts.reference import Moving, Start
-from prefzoo.parts.roles import CRITIC, POLICY, REFERENCE, REWARD
+from prefzoo.parts.reference import EachRound, Moving, Start
+from prefzoo.parts.replay import Replay
+from prefzoo.parts.roles import HEADS, POLICY, REFERENCE, REWARD, TEACHER, Roles, critic_of_role
+from prefzoo.parts.schedule import Schedule
 from prefzoo.parts.source import DatasetRows, Rollouts
 from prefzoo.records import (
+    Distribution,
+    Heads,
     Likelihood,
     Pairs,
     PolicyGradient,
@@ -34,9 +41,69 @@ from prefzoo.records import (
 from prefzoo.registry import Entry, Registry, UsageError, prefix_of, suggest
 
 Source = DatasetRows | Rollouts
-Feedback = Labels | Reward
-Credit = GroupRelative | LeaveOneOut | GAE | BestOfK
-Keep = Finished | MaskTruncated
+
+
+class Feedback(Protocol):
+    """Who says what is good: scores (B,) of completions, (B, K) of several objectives, NaN where nobody said any.
+
+    One with ``revises = True`` changes the completions first: ``revise(samples, roles) -> Samples``.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+
+class Keep(Protocol):
+    """Which samples stay. ``refill``, where it has one: how often prompts are sampled anew while some are missing."""
+
+    def __call__(self, samples: Samples, scores_B: Tensor) -> tuple[Samples, Tensor]: ...
+
+
+class Credit(Protocol):
+    """What each sample or token deserves: scored completions in, what ``gives`` says out.
+
+    Tokens that are there: ``old_logps``; of the roles in ``needs`` also ``ref_logps``, ``teacher_logps``, ``values``.
+    ``columns``, where it has them: the numbers that it gives to each row (``"margin"``, ``"probability"``).
+    ``measure(before, scores_B, after)``, where it has it: what the log is to say, by name (shares that were left out).
+    """
+
+    @property
+    def gives(self) -> str: ...
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def smallest_group(self) -> int: ...
+
+    def __call__(self, samples: Samples, scores_B: Tensor) -> Samples: ...
+
+
+class Condition(Protocol):
+    """Words before a prompt that say how good the answer is to be: :mod:`prefzoo.parts.condition`."""
+
+    def best(self, prompts: Samples, roles: Roles) -> Samples:
+        """The prompts with the word of the best level before them: what is sampled from."""
+        ...
+
+    def marked(self, samples: Samples, roles: Roles) -> Samples:
+        """Each row with the word of its own level (column ``level``) before its prompt: what is trained on."""
+        ...
+
+    def of_rows(self, samples: Samples, roles: Roles) -> Samples:
+        """Rows of a data set, marked by their labels or scores."""
+        ...
+
+
+class Update(Protocol):
+    """How parameters are changed, where not by the optimizer of the configuration: :mod:`prefzoo.parts.update`."""
+
+
+class Product(Protocol):
+    """How answers are made with what was trained: :mod:`prefzoo.parts.product`."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
 
 # What a family is made from: the gift of the credit, or of the source where there is none.
 TAKES: dict[type[Record], str] = {
@@ -100,25 +167,6 @@ class Term:
         return as_count(self.count if self.count is not None else self.loss.count)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """For rollout sources: prompts per step, and how its samples are walked through.
-
-    Each of ``inner_epochs`` passes is cut into ``minibatches`` optimizer steps, or into steps of ``minibatch_rows``.
-    """
-
-    prompts: int = 32
-    inner_epochs: int = 1
-    minibatches: int = 1
-    minibatch_rows: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.minibatch_rows is not None and self.minibatches != 1:
-            raise UsageError("schedule: give minibatches or minibatch_rows, not both.")
-        if min(self.prompts, self.inner_epochs, self.minibatches, self.minibatch_rows or 1) < 1:
-            raise UsageError(f"schedule: all numbers must be at least 1; got {self}.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One training loop: samples, what they are worth, and the terms that move the models."""
@@ -127,55 +175,100 @@ class Stage:
     terms: tuple[Term, ...]
     feedback: Feedback = field(default_factory=Labels)
     keep: Keep | None = None
+    replay: Replay | None = None
     credit: Credit | None = None
+    condition: Condition | None = None
     prelude: Prelude | None = None
     schedule: Schedule = field(default_factory=Schedule)
-    controllers: Mapping[str, FixedKL | AdaptiveKL] = field(default_factory=dict)
+    controllers: Mapping[str, Controller] = field(default_factory=dict)
     reference: Start | Moving = field(default_factory=Start)
+    update: Update | None = None
     critic_from: str = POLICY
     pooling: str = "last"
 
     def __post_init__(self) -> None:
         if not self.terms:
             raise UsageError("a stage needs at least one term.")
-        gift = self.source.gives if self.credit is None else self.credit.gives
         for term in self.terms:
-            check_filled(term.loss)
-            have = "completions" if term.rows == "ptx" else gift
-            need = takes(term.loss)
-            if need not in (have, ALSO.get(have)):
-                cure = CURES.get((need, have), f"choose parts that give {need!r}")
-                maker = (
-                    f"credit {type(self.credit).__name__}" if self.credit else f"source {type(self.source).__name__}"
-                )
-                raise UsageError(f"loss {term.loss.name!r} takes {need}, but {maker} gives {have}; {cure}.")
-            for wanted in set(term.loss.extras) & set(PRELUDES):
-                if self.prelude is None or self.prelude.gives != wanted:
-                    part = PRELUDES[wanted].__name__
-                    raise UsageError(f"loss {term.loss.name!r} needs a {wanted}; give prelude={part}().")
-            if term.loss.family is Values and term.trains != CRITIC:
-                raise UsageError(f"loss {term.loss.name!r} trains the critic; write Term(..., trains='critic').")
+            self._check_term(term)
         if isinstance(self.source, Rollouts):
-            if isinstance(self.feedback, Labels):
-                raise UsageError("rollouts have no labels; give feedback=Reward() or Verifier().")
-            if self.credit and self.source.group_size < self.credit.smallest_group:
-                raise UsageError(
-                    f"credit {type(self.credit).__name__} compares samples of one prompt: group_size must be at least "
-                    f"{self.credit.smallest_group}, got {self.source.group_size}."
-                )
-        elif self.credit is not None or not isinstance(self.feedback, Labels) or self.keep is not None:
-            raise UsageError("rows of a data set carry their labels; credit, keep and reward belong to Rollouts().")
+            self._check_rollouts(self.source)
+        else:
+            self._check_rows(self.source)
         if isinstance(self.reference, Moving) and REFERENCE not in self.needs:
             raise UsageError("a moving reference has no effect here: no part of this stage has a reference.")
-        if self.controllers and REFERENCE not in self.needs:
-            raise UsageError("controller 'kl' follows the KL to the reference, but no part of this stage has one.")
-        adaptive = self.credit.kl if isinstance(self.credit, GAE) and isinstance(self.credit.kl, AdaptiveKL) else None
-        if adaptive is not None and self.controllers.get("kl") is not adaptive:
-            raise UsageError("nobody updates the adaptive KL of GAE; give it as controllers={'kl': ...} too.")
-        if self.uses_critic and not any(t.trains == CRITIC for t in self.terms):
+        for name, controller in self.controllers.items():
+            if controller.follows == "kl" and REFERENCE not in self.needs:
+                raise UsageError(
+                    f"controller {name!r} follows the KL to the reference, but no part of this stage has one."
+                )
+        adaptive = getattr(self.credit, "kl", None)
+        if isinstance(adaptive, AdaptiveKL) and adaptive not in self.controllers.values():
+            part = type(self.credit).__name__
+            raise UsageError(f"nobody updates the adaptive KL of {part}; give it as controllers={{'kl': ...}} too.")
+        for critic in self.critics:
+            if not any(t.trains == critic for t in self.terms):
+                part = type(self.credit).__name__
+                raise UsageError(
+                    f"credit {part} needs a critic that learns; add Term(create_loss('clipped_value'), "
+                    f"trains={critic!r})."
+                )
+
+    @property
+    def gives(self) -> str:
+        """What its terms on ``main`` rows are made from."""
+        if self.credit is not None:
+            return self.credit.gives
+        return "completions" if isinstance(self.feedback, Unjudged) else self.source.gives
+
+    def _check_term(self, term: Term) -> None:
+        check_filled(term.loss)
+        have = "completions" if term.rows == "ptx" else self.gives
+        need = takes(term.loss)
+        if need not in (have, ALSO.get(have)):
+            cure = CURES.get((need, have), f"choose parts that give {need!r}")
+            maker = f"credit {type(self.credit).__name__}" if self.credit else f"source {type(self.source).__name__}"
+            raise UsageError(f"loss {term.loss.name!r} takes {need}, but {maker} gives {have}; {cure}.")
+        for wanted in set(term.loss.extras) & set(PRELUDES):
+            if self.prelude is None or self.prelude.gives != wanted:
+                part = PRELUDES[wanted].__name__
+                raise UsageError(f"loss {term.loss.name!r} needs a {wanted}; give prelude={part}().")
+        critic = critic_of_role(term.trains) is not None
+        if (term.loss.family is Values) != critic:
+            what = "trains the critic; write Term(..., trains='critic')" if not critic else "does not train a critic"
+            raise UsageError(f"loss {term.loss.name!r} {what}.")
+        if (term.loss.family is Heads) != (term.trains == HEADS):
             raise UsageError(
-                "credit GAE needs a critic that learns; add Term(create_loss('clipped_value'), trains='critic')."
+                f"loss {term.loss.name!r} and trains={term.trains!r} do not fit: Q-learners train 'heads'."
             )
+        given = getattr(self.credit, "columns", frozenset())
+        for column in term.loss.columns:
+            if term.rows == "main" and self.on_policy and column not in given:
+                raise UsageError(
+                    f"loss {term.loss.name!r} needs a {column} of each row, which credit {type(self.credit).__name__} "
+                    "does not give."
+                )
+
+    def _check_rollouts(self, source: Rollouts) -> None:
+        if isinstance(self.feedback, Labels):
+            raise UsageError("rollouts have no labels; give feedback=Reward() or Verifier().")
+        if self.credit and source.completions < self.credit.smallest_group:
+            raise UsageError(
+                f"credit {type(self.credit).__name__} compares samples of one prompt: group_size must be at least "
+                f"{self.credit.smallest_group}, got {source.completions}."
+            )
+        if self.replay is not None and getattr(self.keep, "refill", 0):
+            raise UsageError("a replay takes what a step gives; keep with refill has no effect beside it.")
+
+    def _check_rows(self, source: DatasetRows) -> None:
+        credited = self.credit is not None and source.kind != "scored"
+        if credited or not isinstance(self.feedback, Labels) or self.keep is not None or self.replay is not None:
+            raise UsageError(
+                "rows of a data set carry their labels; keep, reward and replay belong to Rollouts(), a credit to "
+                "these or to DatasetRows('scored')."
+            )
+        if isinstance(self.reference, EachRound):
+            raise UsageError("EachRound() belongs to Rollouts(); of rows of a data set give Moving(alpha=1, every=N).")
 
     @property
     def trains(self) -> tuple[str, ...]:
@@ -185,13 +278,16 @@ class Stage:
     @property
     def needs(self) -> frozenset[str]:
         """Roles that must be there: the shared layer loads exactly these."""
-        parts = [p.needs for p in (self.feedback, self.credit, self.prelude) if p is not None]
-        reference = frozenset({REFERENCE}) if any(t.loss.reference for t in self.terms) else frozenset()
-        return frozenset().union(*parts, reference, self.trains)
+        parts = (self.source, self.feedback, self.keep, self.credit, self.condition, self.prelude, self.update)
+        declared = [getattr(part, "needs", frozenset()) for part in parts if part is not None]
+        losses = {REFERENCE for t in self.terms if t.loss.reference}
+        losses |= {TEACHER for t in self.terms if t.loss.family is Distribution}
+        return frozenset().union(*declared, losses, self.trains)
 
     @property
-    def uses_critic(self) -> bool:
-        return self.credit is not None and CRITIC in self.credit.needs
+    def critics(self) -> tuple[str, ...]:
+        """Roles of its critics: ``"critic"``, and ``"critic:NAME"`` of further ones."""
+        return tuple(sorted(role for role in self.needs if critic_of_role(role) is not None))
 
     @property
     def on_policy(self) -> bool:
@@ -228,13 +324,14 @@ class Algorithm:
         self,
         *,
         stages: tuple[Stage, ...] = (),
+        product: Product | None = None,
         loss: Loss | None = None,
         count: Count | str | None = None,
         **one_stage: Any,
     ) -> None:
         if stages and (loss is not None or one_stage):
             raise UsageError("Algorithm: give stages, or the parts of a single stage, not both.")
-        if not stages:
+        if loss is not None or one_stage:
             if loss is not None:
                 role = REWARD if loss.family in SCORED_BY_MODEL else POLICY
                 one_stage["terms"] = (*one_stage.get("terms", ()), Term(loss, count=count, trains=role))
@@ -243,7 +340,10 @@ class Algorithm:
                 if key not in known:
                     raise UsageError(f"Algorithm has no part {key!r}{suggest(key, known)} Parts: {', '.join(known)}.")
             stages = (Stage(**one_stage),)
+        if not stages and product is None:
+            raise UsageError("Algorithm: give the parts of a stage, stages, or a product (a way to decode).")
         self.stages = stages
+        self.product = product  # None: the weights
         self.name = "unnamed"
         self.options: dict[str, Any] = {}
         self.recommended: dict[str, Any] = {}
@@ -251,21 +351,38 @@ class Algorithm:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset().union(*(s.needs for s in self.stages))
+        own = () if self.stages else (POLICY,)
+        return frozenset(own).union(*(s.needs for s in self.stages), getattr(self.product, "needs", ()))
 
     @property
     def data(self) -> Kind:
         """The kind of rows its first stage is trained on."""
-        return self.stages[0].source.data
+        return self.stages[0].source.data if self.stages else "prompts"
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether its first stage samples what it is trained on; so does what is only a way to decode."""
+        return not self.stages or self.stages[0].on_policy
 
     @property
     def trains_reward(self) -> bool:
         """Whether its product is a reward model instead of a policy."""
-        return REWARD in self.stages[-1].trains
+        return bool(self.stages) and REWARD in self.stages[-1].trains
+
+    @property
+    def asks_for_reward(self) -> bool:
+        """Whether a stage is judged by the run's reward, and not by what an earlier stage has trained."""
+        for stage in self.stages:
+            if REWARD in stage.feedback.needs:
+                return True
+            if REWARD in stage.trains:
+                return False
+        return REWARD in getattr(self.product, "needs", ())
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
-        return f"<algorithm {self.name}({options}): {' -> '.join(_describe(s) for s in self.stages)}>"
+        steps = [_describe(s) for s in self.stages] + ([repr(self.product)] if self.product is not None else [])
+        return f"<algorithm {self.name}({options}): {' -> '.join(steps)}>"
 
 
 def _describe(stage: Stage) -> str:
@@ -274,7 +391,24 @@ def _describe(stage: Stage) -> str:
     return f"{' x '.join(parts)} x {{{terms}}}"
 
 
-ALGORITHMS = Registry("algorithm", provider=("prefzoo.algos", "prefzoo.spellings"))
+class AlgorithmEntry(Entry):
+    """An entry whose options are those of its function, and those that it shares with its kind (``shared``)."""
+
+    @functools.cached_property
+    def own_options(self) -> dict[str, Any]:
+        own = super().own_options
+        return {**own, **{k: v for k, v in self.shared.items() if k not in own}}
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        return dict(self.tags.get("shared", {}))
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        return {**{k: type(v) for k, v in self.shared.items()}, **super().hints}
+
+
+ALGORITHMS = Registry("algorithm", provider=("prefzoo.algos", "prefzoo.spellings"), entry=AlgorithmEntry)
 
 
 def register_algorithm(
@@ -285,41 +419,32 @@ def register_algorithm(
     paper: str | None = None,
     aliases: tuple[str, ...] = (),
     recommended: Mapping[str, Any] | None = None,
+    shared: Mapping[str, Any] | None = None,
     **tags: Any,
 ) -> Any:
     """Register a function that returns an :class:`Algorithm` under its name, or the ``name`` given.
 
     Its keyword-only arguments are the configuration of the mathematics; ``recommended`` are values for
-    :class:`~prefzoo.training.TrainConfig` that a user's own values override. ``spelling=`` is a function that turns
+    :class:`~prefzoo.training.TrainConfig` that a user's own values override. ``shared`` are further options with their
+    defaults (:mod:`prefzoo.parts.options`), given to its ``**options`` as one. ``spelling=`` is a function that turns
     a run's options, written as another library writes them, into ours (:mod:`prefzoo.spellings.trl`).
     """
     if function is None:
         return lambda f: register_algorithm(
-            f, name=name, paper=paper, aliases=aliases, recommended=recommended, **tags
+            f, name=name, paper=paper, aliases=aliases, recommended=recommended, shared=shared, **tags
         )  # fmt: skip
     return ALGORITHMS.register(
-        function, name=name, paper=paper, aliases=aliases, recommended=dict(recommended or {}), **tags
-    )
+        function, name=name, paper=paper, aliases=aliases, recommended=dict(recommended or {}),
+        shared=dict(shared or {}), **tags,
+    )  # fmt: skip
 
 
-# How a policy-gradient loss samples where it is an algorithm of its own; any composition may do otherwise.
-SAMPLING: dict[str, Any] = {
-    "group_size": 8, "prompts_per_step": 32, "inner_epochs": 1, "minibatches": 1, "temperature": 1.0,
-    "max_new_tokens": 128,
-}  # fmt: skip
-
-
-class SampledLoss(LossEntry):
+class SampledLoss(LossEntry, AlgorithmEntry):
     """A policy-gradient loss as an algorithm: it also takes the options of its sampling."""
 
-    @functools.cached_property
-    def own_options(self) -> dict[str, Any]:
-        own = super().own_options
-        return {**own, **{k: v for k, v in SAMPLING.items() if k not in own}}
-
     @property
-    def hints(self) -> dict[str, Any]:
-        return {**{k: type(v) for k, v in SAMPLING.items()}, **super().hints}
+    def shared(self) -> dict[str, Any]:
+        return {**SAMPLING, "max_new_tokens": 128}
 
 
 def _of_loss(loss: Loss, sampling: Mapping[str, Any]) -> Algorithm:
@@ -331,12 +456,7 @@ def _of_loss(loss: Loss, sampling: Mapping[str, Any]) -> Algorithm:
     check_filled(loss)
     prelude = next((PRELUDES[e]() for e in loss.extras if e in PRELUDES), None)
     if loss.family is PolicyGradient:
-        s = {**SAMPLING, **sampling}
-        return Algorithm(
-            source=Rollouts(s["group_size"], temperature=s["temperature"], max_new_tokens=s["max_new_tokens"]),
-            feedback=Reward(), credit=GroupRelative(), loss=loss, prelude=prelude,
-            schedule=Schedule(s["prompts_per_step"], s["inner_epochs"], s["minibatches"]),
-        )  # fmt: skip
+        return Algorithm(**sampled(sampling), credit=GroupRelative(), loss=loss, prelude=prelude)
     return Algorithm(source=DatasetRows(cast(Kind, takes(loss))), loss=loss, prelude=prelude)
 
 
@@ -368,6 +488,8 @@ def create_algorithm(name: str, /, **options: Any) -> Algorithm:
     """
     entry = algorithm_entry(name)
     entry.check_options(options, "algorithm")
+    if isinstance(entry, AlgorithmEntry):
+        options = {**entry.shared, **options}
     if entry.name in ALGORITHMS:
         algorithm = entry.function(**options)
     else:

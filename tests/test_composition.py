@@ -164,7 +164,7 @@ def test_stages_hold_what_was_given() -> None:
     stage = Stage(**SAMPLED, credit=GroupRelative(), keep=MaskTruncated(), terms=terms)
     algorithm = Algorithm(stages=(stage,))
     assert algorithm.stages == (stage,) and algorithm.needs == {"policy", "reward"} and algorithm.data == "prompts"
-    assert stage.on_policy and not stage.uses_critic and stage.trains == ("policy",)
+    assert stage.on_policy and stage.critics == () and stage.trains == ("policy",)
     assert not algorithm.trains_reward and create_algorithm("reward_model").trains_reward
 
 

@@ -8,12 +8,20 @@ from typing import Protocol
 from prefzoo.registry import UsageError
 
 
-class KLController(Protocol):
-    """What the engine asks of a coefficient of the KL penalty. ``update`` gets global numbers, once per batch."""
+class Controller(Protocol):
+    """What the engine asks of a scalar that adapts.
+
+    ``follows``: what is measured, ``"kl"``, ``"reward"``, ``"entropy"``, ``"length"`` or ``"objective:0"`` (the first
+    of several rewards), over all completions of a rollout step. ``update`` gets its mean and their number, after the
+    credit: a batch moves the value of the next one.
+    """
 
     value: float
 
-    def update(self, kl: float, n: int) -> None: ...
+    @property
+    def follows(self) -> str: ...
+
+    def update(self, mean: float, n: int, /) -> None: ...
 
     def state_dict(self) -> dict[str, float]: ...
 
@@ -28,6 +36,8 @@ class FixedKL:
     >>> controller.value
     0.05
     """
+
+    follows = "kl"
 
     def __init__(self, value: float = 0.05) -> None:
         self.value = value
@@ -61,6 +71,8 @@ class AdaptiveKL:
     >>> round(controller.value, 6)
     0.198976
     """
+
+    follows = "kl"
 
     def __init__(self, init: float = 0.2, target: float = 6.0, horizon: int = 10_000) -> None:
         if target <= 0 or horizon <= 0:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prefzoo.data.samples import Samples
 from prefzoo.parts.roles import REWARD, Roles
+from prefzoo.registry import UsageError
 from prefzoo.rollout import Finish
 
 
@@ -20,9 +21,19 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class Unjudged:
+    """Nobody: sampled completions are trained on as they are. Their scores are missing."""
+
+    needs: frozenset[str] = frozenset()
+
+    def __call__(self, samples: Samples, roles: Roles) -> Tensor:
+        return torch.full((len(samples.completions),), torch.nan)
+
+
+@dataclass(frozen=True)
 class Reward:
-    """The run's ``reward``: a reward model, a function or a verifier. ``missing_eos_penalty`` is subtracted from the
-    score of a completion that was cut at the limit."""
+    """The run's ``reward``: a reward model, a function, a verifier or a judge; after a stage that trained a reward
+    model, that one. ``missing_eos_penalty`` is subtracted from the score of a completion that was cut at the limit."""
 
     missing_eos_penalty: float = 0.0
     needs: frozenset[str] = frozenset({REWARD})
@@ -35,6 +46,20 @@ class Reward:
 @dataclass(frozen=True)
 class Verifier(Reward):
     """The run's ``reward``, which must check rather than judge: a function or a verifier, not a reward model."""
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Each of the run's rewards by itself, (B, K): ``reward=[...]`` in this order, with its weight."""
+
+    count: int
+    needs: frozenset[str] = frozenset({REWARD})
+
+    def __call__(self, samples: Samples, roles: Roles) -> Tensor:
+        scores_BK = roles.objectives(samples)
+        if scores_BK.shape[1] != self.count:
+            raise UsageError(f"reward: expected a list of {self.count} rewards, got {scores_BK.shape[1]}.")
+        return scores_BK
 
 
 @dataclass(frozen=True)

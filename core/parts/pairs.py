@@ -1,8 +1,8 @@
 """Credits that compare completions of one prompt: scored rollouts become pairs, labelled rows or rankings.
 
 Rules of all of them. A missing reward is never compared. Equal scores say nothing, so they give no pair; nor does a
-completion against its own like. Only differences of scores count, and the order of the samples decides nothing but which
-of several equal scores is taken. What was left out is measured: ``measure`` gives it in shares, which the run logs.
+completion against its own like. Only differences of scores count, and the order of the samples decides nothing but
+which of several equal scores is taken. What was left out is measured: ``measure`` gives it in shares, which are logged.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from prefzoo.data.samples import Ragged, Samples, offsets_of
 from prefzoo.losses import advantages
 from prefzoo.registry import UsageError
+from prefzoo.seeds import generator
 
 ScoreUnit = Literal["rewards", "win_rates"]
 PAIR_COLUMNS = frozenset({"margin", "probability"})
@@ -211,7 +212,9 @@ class AgainstOther(_Comparison):
 
 def _samplers(samples: Samples, credit: str) -> Tensor:
     if "sampler" not in samples.columns:
-        raise UsageError(f"{credit} compares with another sampler's completions: give Rollouts(beside=(Sampler(...),)).")
+        raise UsageError(
+            f"{credit} compares with another sampler's completions: give Rollouts(beside=(Sampler(...),))."
+        )
     return samples.columns["sampler"]
 
 
@@ -254,6 +257,7 @@ class RankedSamples(_Comparison):
     ends: bool = False
 
     gives = "rankings"
+    columns = frozenset({"scores"})
 
     def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
         lists = [sorted(rows, key=lambda i: -float(scores_B[i])) for rows in by_prompt(samples, scores_B)]
@@ -347,7 +351,5 @@ def accepted(scores_K: np.ndarray, beta: float, count: int, stream: np.random.Ge
 
 
 def _stream(samples: Samples, rows: Sequence[int]) -> np.random.Generator:
-    from prefzoo.seeds import generator
-
-    prompt: Any = samples.prompts[samples.prompt_B[rows[0]]]
-    return generator("rejection sampling", *(ids.tobytes().hex() for ids in (prompt, *map(samples.completions.__getitem__, rows))))
+    texts = [samples.prompts[samples.prompt_B[rows[0]]], *(samples.completions[row] for row in rows)]
+    return generator("rejection sampling", *(ids.tobytes().hex() for ids in texts))

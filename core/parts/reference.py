@@ -37,3 +37,12 @@ class Moving:
         """Move the reference, in place."""
         for mine, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
             mine.lerp_(theirs.to(mine.dtype), self.alpha)
+
+
+@dataclass(frozen=True)
+class EachRound(Moving):
+    """A hard copy of the policy at the beginning of every rollout step: the anchor of a round is what the last one
+    left."""
+
+    alpha: float = 1.0
+    every: int = 1

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from prefzoo.data.samples import Samples
+from prefzoo.rollout import Sampling
 
 POLICY, REFERENCE, REWARD, CRITIC = "policy", "reference", "reward", "critic"
+TEACHER, HEADS = "teacher", "heads"
+
+
+def critic_of_role(role: str) -> str | None:
+    """The name of a critic: ``""`` of ``"critic"``, ``"cost"`` of ``"critic:cost"``; None of another role."""
+    family, _, name = role.partition(":")
+    return name if family == CRITIC else None
+
+
+def of_critic(field: str, name: str) -> str:
+    """A token column of a critic: ``"values"``, or ``"values:cost"``."""
+    return f"{field}:{name}" if name else field
 
 
 class Roles(Protocol):
@@ -20,8 +35,35 @@ class Roles(Protocol):
 
     def reference_logps(self, samples: Samples) -> Tensor: ...
 
-    def values(self, samples: Samples) -> Tensor: ...
+    def teacher_logps(self, samples: Samples) -> Tensor: ...
+
+    def values(self, samples: Samples, critic: str = "") -> Tensor: ...
 
     def rewards(self, samples: Samples) -> Tensor:
         """One score per completion (B,); NaN where the reward function said None."""
+        ...
+
+    def objectives(self, samples: Samples) -> Tensor:
+        """The scores of each of several rewards, (B, K)."""
+        ...
+
+    @property
+    def compares(self) -> bool:
+        """Whether the run's reward is a judge: its scores are chances against the other answers to the prompt."""
+        ...
+
+    def prompts(self, samples: Samples) -> Sequence[Any]:
+        """The prompt of every completion as the data has it: text or messages."""
+        ...
+
+    def texts(self, samples: Samples) -> list[str]:
+        """The completions as text."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, without special tokens."""
+        ...
+
+    def write(self, prompts: Sequence[Any], sampling: Sampling, purpose: str) -> Samples:
+        """One completion by the policy to each of these prompts, text or messages."""
         ...

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,20 +19,18 @@ from prefzoo.algorithm import Stage, Term
 from prefzoo.data.samples import Samples, loss_mask
 from prefzoo.feedback import RewardSource
 from prefzoo.models.load import end_ids
-from prefzoo.models.reference import autocast, token_scores
-from prefzoo.models.roles import Policy, Scorer, Want
+from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.roles import Scores as ModelScores
 from prefzoo.models.tree import TreeBatch, micro_batches, shares
-from prefzoo.parts.credit import sequence_kl
-from prefzoo.parts.feedback import Reward
-from prefzoo.parts.reference import Moving
-from prefzoo.parts.roles import CRITIC, POLICY, REFERENCE, REWARD
+from prefzoo.parts.reference import EachRound, Moving
+from prefzoo.parts.roles import HEADS, POLICY, REFERENCE, REWARD, critic_of_role, of_critic
 from prefzoo.parts.source import Rollouts
 from prefzoo.processes import ALONE, Processes
 from prefzoo.records import StepScores
 from prefzoo.registry import RunError, UsageError
-from prefzoo.rollout import Finish, rollout_engine
+from prefzoo.rollout import rollout_engine
 from prefzoo.seeds import derive_seed, generator
+from prefzoo.training.collect import Collector
 from prefzoo.training.config import TrainConfig
 from prefzoo.training.determinism import rng_state, set_rng_state
 from prefzoo.training.guards import Monitor, Watchdog, gradient_norms, not_finite, words, write_post_mortem
@@ -48,9 +44,6 @@ class NonFiniteError(RunError):
 
 
 IN_A_ROW = 10  # steps that are not finite, one after another, before a run that skips them gives up
-
-
-TAKEN = ("loss", "reward", "reward_std", "kl", "entropy", "epoch", "num_tokens", "learning_rate", "grad_norm")
 
 
 @dataclass
@@ -83,7 +76,7 @@ class Trained:
     terms: tuple[Term, ...] = field(default=())
 
 
-class Engine:
+class Engine(Collector):
     """Runs one stage. Implements :class:`prefzoo.parts.roles.Roles` for the parts."""
 
     def __init__(
@@ -97,8 +90,10 @@ class Engine:
         ptx: Samples | None = None,
         reward: RewardSource | None = None,
         reference: Policy | None = None,
+        teacher: Policy | None = None,
         scorer: Scorer | None = None,
-        critic: Scorer | None = None,
+        critics: Mapping[str, Scorer] | None = None,
+        heads: Any = None,
         log: RunLog,
         processes: Processes = ALONE,
         stopping: Stopping | None = None,
@@ -108,9 +103,11 @@ class Engine:
         self.tokenizer = tokenizer
         self.policy = policy
         self.reference = reference
+        self.teacher = teacher
         self.reward = reward
-        self.critic = critic
+        self.critics = dict(critics or {})
         self.scorer = scorer
+        self.heads = heads
         self.data = data
         self.ptx = ptx
         self.log = log
@@ -126,7 +123,7 @@ class Engine:
             share = math.ceil(config.warmup_steps * self.optimizer_steps)
             self.config = config.model_copy(update={"warmup_steps": share})
         self.temperature = stage.source.temperature if isinstance(stage.source, Rollouts) else 1.0
-        modules: dict[str, Policy | Scorer | None] = {POLICY: policy, REWARD: scorer, CRITIC: critic}
+        modules: dict[str, Any] = {POLICY: policy, REWARD: scorer, HEADS: heads, **self.critics}
         self.trained = {role: self._trained(role, modules[role]) for role in stage.trains}
         self.rollouts = rollout_engine(policy, end_ids(tokenizer, policy.model)) if stage.on_policy else None
         self.now = Meter()  # of this step
@@ -135,21 +132,26 @@ class Engine:
         self.step = 0  # steps done
         self.place = 0  # optimizer steps done of the step that runs
         self.buffer: Samples | None = None  # what the rest of its optimizer steps is trained on
+        self.pool: Samples | None = None  # what a replay has kept
+        self.measured = {}
         self.epoch = 0.0
         self.bad_in_a_row = 0  # optimizer steps that were not finite
         self.whole = True  # no step has begun to move the weights since the last mark
         self.kept: dict[str, Any] = {}  # of whoever runs the engine, kept with its state
         self.roll_back: Callable[[], str] | None = None  # to the last good state; says which it is
         self._epoch_order = (-1, np.zeros(0, dtype=np.int64))
-        self.shown_columns: Mapping[str, Sequence[Any]] = {}  # what a reward function wants beside its samples
+        self.shown_columns = {}
+        condition = stage.condition  # of rows of a data set it is known beforehand
+        if condition is not None and not stage.on_policy:
+            self.data = condition.of_rows(data, self)
         self.agree(None)
         self.mark()
 
     def _trained(self, role: str, module: Policy | Scorer | None) -> Trained:
         assert module is not None, role
         c = self.config
-        peak = c.learning_rate
-        if role == CRITIC and c.critic_learning_rate is not None:
+        peak = c.learning_rate * self.stage.schedule.rate
+        if critic_of_role(role) is not None and c.critic_learning_rate is not None:
             peak = c.critic_learning_rate
         module.requires_grad_(True).train()
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -191,7 +193,8 @@ class Engine:
             "log": self.log.position(),
             "kept": dict(self.kept),
         }
-        self._marked_random, self._marked_buffer, self.whole = self.random, self.buffer, True
+        self._marked_random, self.whole = self.random, True
+        self._marked_samples = {k: v for k, v in (("rollouts", self.buffer), ("pool", self.pool)) if v is not None}
 
     @property
     def marked(self) -> tuple[int, int]:
@@ -204,12 +207,12 @@ class Engine:
         for role, trained in self.trained.items():
             for index, values in trained.optimizer.state_dict()["state"].items():
                 tensors |= {f"{role}.optimizer/{index}/{key}": value for key, value in values.items()}
-        if self._marked_buffer is not None:
-            tensors |= {f"rollouts/{name}": value for name, value in self._marked_buffer.tensors().items()}
+        for kept, samples in self._marked_samples.items():
+            tensors |= {f"{kept}/{name}": value for name, value in samples.tensors().items()}
         for rank, (numbers, _) in enumerate(self._marked_random):
             tensors |= {f"random.{rank}/{name}": value for name, value in numbers.items()}
-        kind = None if self._marked_buffer is None else self._marked_buffer.kind
-        return tensors, {**self._marked, "random": [facts for _, facts in self._marked_random], "rollouts": kind}
+        kinds = {kept: samples.kind for kept, samples in self._marked_samples.items()}
+        return tensors, {**self._marked, "random": [facts for _, facts in self._marked_random], "samples": kinds}
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
@@ -222,8 +225,8 @@ class Engine:
         self.now.load_state_dict(facts["now"])
         self.window.load_state_dict(facts["window"])
         self.monitor.load_state_dict(facts["monitor"])
-        rollouts = under("rollouts", tensors)
-        self.buffer = Samples.from_tensors(facts["rollouts"], rollouts) if rollouts else None
+        found = {kept: Samples.from_tensors(kind, under(kept, tensors)) for kept, kind in facts["samples"].items()}
+        self.buffer, self.pool = found.get("rollouts"), found.get("pool")
         rank = self.processes.rank
         if rank < len(facts["random"]):
             set_rng_state(under(f"random.{rank}", tensors), facts["random"][rank])
@@ -256,62 +259,16 @@ class Engine:
             moved |= {f"{REFERENCE}/{name}": p.detach() for name, p in self.reference.named_parameters()}
         return moved
 
-    # ------------------------------------------------------------------------------------ what parts may ask
-
-    @torch.no_grad()
-    def policy_logps(self, samples: Samples) -> Tensor:
-        return self._flat(samples, self.policy, lambda tree: self.policy(tree, temperature=self.temperature).logps_C)
-
-    @torch.no_grad()
-    def policy_entropy(self, samples: Samples) -> Tensor:
-        want = frozenset[Want]({"entropy"})
-        forward = lambda tree: self.policy(tree, temperature=self.temperature, want=want).entropy_C  # noqa: E731
-        return self._flat(samples, self.policy, forward)
-
-    @torch.no_grad()
-    def reference_logps(self, samples: Samples) -> Tensor:
-        assert self.reference is not None
-        reference = self.reference
-        return self._flat(samples, reference, lambda tree: reference(tree, temperature=self.temperature).logps_C)
-
-    @torch.no_grad()
-    def values(self, samples: Samples) -> Tensor:
-        assert self.critic is not None
-        critic = self.critic
-        return self._flat(samples, critic, lambda tree: critic(tree, values=True).values_C)
-
-    def rewards(self, samples: Samples) -> Tensor:
-        assert self.reward is not None
-        self.watchdog.doing(f"reward {self.reward.name!r} for step {self.step + 1}")
-        self.reward.begin(SimpleNamespace(global_step=self.step, max_steps=self.total_steps, epoch=self.epoch))
-        scores_B = self.reward(samples)
-        if self.stopping.immediate:  # a bare except in it may have swallowed the signal, and given anything
-            self.stopping.check(self.stopping.wanted)
-        metrics, self.shown_columns = self.reward.drain()
-        for name, value in metrics.items():
-            if name in TAKEN:
-                raise UsageError(f"log_metric({name!r}, ...): the run has a metric of that name; choose another.")
-            self.mine.add(name, value, weight=len(samples.completions))
-        return scores_B
-
-    def _flat(self, samples: Samples, role: Policy | Scorer, forward: Any) -> Tensor:
-        """A score of every completion token, without gradient, on the CPU, in the order of the samples."""
-        with self._autocast():
-            budget = self.config.tokens_per_batch
-            return token_scores(forward, samples, budget, self.device, role.packed, self.processes)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return autocast(self.config.precision, self.device)
-
     # ------------------------------------------------------------------------------------ the loop
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps for data sets, rollout steps for rollouts."""
         c, rows = self.config, len(self.data)
+        steps = self.stage.schedule.steps or c.max_steps
         if self.stage.on_policy:
-            return c.max_steps or math.ceil(rows * c.epochs / self.stage.schedule.prompts)
-        return c.max_steps or max(1, round(math.ceil(rows / c.rows_per_step) * c.epochs))
+            return steps or math.ceil(rows * c.epochs / self.stage.schedule.prompts)
+        return steps or max(1, round(math.ceil(rows / c.rows_per_step) * c.epochs))
 
     @property
     def optimizer_steps(self) -> int:
@@ -321,7 +278,7 @@ class Engine:
             return self.total_steps
         parts = schedule.minibatches
         if schedule.minibatch_rows is not None:
-            parts = max(1, round(schedule.prompts * source.group_size / schedule.minibatch_rows))
+            parts = max(1, round(schedule.prompts * source.completions / schedule.minibatch_rows))
         return self.total_steps * schedule.inner_epochs * parts
 
     def run(self) -> Iterator[tuple[int, dict[str, float], dict[str, float] | None]]:
@@ -356,9 +313,18 @@ class Engine:
             self._epoch_order = epoch, self._order("order", epoch, len(self.data))
         batch = self.data.take(self._epoch_order[1][place * rows : (place + 1) * rows])
         self.watchdog.doing(f"step {step + 1}")
+        self._optimizer_step(self._of_rows(batch), step / total, step)
+
+    def _of_rows(self, batch: Samples) -> Samples:
+        """Rows of a data set with what changes while the run goes on: a moving reference's words, and a credit."""
         if self.moving is not None:  # its log-probabilities are not those of the start
             batch = batch.with_tokens(ref_logps=self.reference_logps(batch))
-        self._optimizer_step(batch, step / total, step)
+        credit = self.stage.credit
+        if credit is None:
+            return batch
+        for name in self._critic_names():
+            batch = batch.with_tokens(**{of_critic("values", name): self.values(batch, name)})
+        return credit(replace(batch, kind="completions"), batch.columns["score"])
 
     def _rollout_step(self, step: int, total: int) -> None:
         schedule = self.stage.schedule
@@ -388,115 +354,6 @@ class Engine:
             if not self._optimizer_step(batch, (step + done) / total, self.spent.optimizer_steps):
                 return  # the samples are not those of the weights that it went back to
 
-    def _order(self, purpose: str, epoch: int, rows: int) -> np.ndarray:
-        if not self.config.shuffle:
-            return np.arange(rows)
-        return generator(self.config.seed, purpose, epoch).permutation(rows)
-
-    # ------------------------------------------------------------------------------------ rollouts
-
-    def _collect(self, step: int, total: int) -> Samples:
-        """Sample, score, keep, credit: what this rollout step trains on."""
-        stage, source = self.stage, self.stage.source
-        assert isinstance(source, Rollouts)
-        prompts, keys = self._prompts(step)
-        seed = derive_seed(self.config.seed, "rollout", step)
-        samples, scores_B = self._sample(prompts, source.group_size, seed, keys)
-        self.spent.prompts += len(prompts)
-        self.spent.generated_tokens += len(samples.completions.flat)
-        self.spent.reward_calls += len(samples.completions)
-        self.watchdog.doing(f"scoring the samples of step {step + 1}")
-        if any("sampling_logps_BT" in t.loss.extras for t in stage.terms):
-            samples = samples.with_tokens(sampling_logps=samples.tokens["old_logps"])
-        if source.top_p < 1 or not self.config.precision == self.config.dtype == "float32":
-            # The sampler's numbers are not the learner's; the ratio must start at 1.
-            samples = samples.with_tokens(old_logps=self.policy_logps(samples))
-        if REFERENCE in stage.needs:
-            samples = samples.with_tokens(ref_logps=self.reference_logps(samples))
-            kl_B = sequence_kl(samples)
-            self.now.add("kl", kl_B)
-            if "kl" in stage.controllers:
-                self.now.add("kl_coefficient", stage.controllers["kl"].value)
-        if self.critic is not None:
-            samples = samples.with_tokens(values=self.values(samples))
-        self._rollout_metrics(samples, scores_B)
-        if (step + 1) % self.config.logging_steps == 0 or step == 0 or step == total - 1:
-            self.log.samples(step + 1, self._shown(samples, scores_B))
-        if stage.keep is not None:
-            samples, scores_B = stage.keep(samples, scores_B)
-        if len(samples) and stage.credit is not None:
-            samples = stage.credit(samples, scores_B)
-        if "kl" in stage.controllers:  # after the credit: this batch moves the coefficient of the next one
-            stage.controllers["kl"].update(float(kl_B.mean()), len(kl_B))
-        return samples
-
-    def _sample(self, prompts: Samples, n: int, seed: int, keys: np.ndarray | None = None) -> tuple[Samples, Tensor]:
-        """Completions and their scores; every process makes those of its share of the prompts, and all get all."""
-        source, feedback, size = self.stage.source, self.stage.feedback, self.processes.size
-        assert self.rollouts is not None and isinstance(source, Rollouts) and isinstance(feedback, Reward)
-        if len(prompts) < size:
-            raise UsageError(
-                f"{len(prompts)} prompts cannot be shared by {size} processes; sample from more at a time."
-            )
-        mine = np.asarray(self.processes.share(range(len(prompts))))
-        self.watchdog.doing(f"sampling for step {self.step + 1}")
-        with self._autocast():  # the learner's precision, or the ratio does not start at 1
-            samples = self.rollouts.generate(
-                prompts.take(mine), n, source.sampling, seed, mine if keys is None else keys[mine]
-            )
-        scores_B = feedback(samples, self)
-        self.watchdog.doing(f"waiting for the samples of the other processes for step {self.step + 1}")
-        parts = self.agree((samples, scores_B, self.shown_columns))
-        self.shown_columns = {
-            name: [value for _, _, columns in parts for value in columns[name]]
-            for name in self.shown_columns
-            if all(name in columns for _, _, columns in parts)
-        }
-        return Samples.concatenate([p for p, _, _ in parts]), torch.cat([scores for _, scores, _ in parts])
-
-    def _prompts(self, step: int) -> tuple[Samples, np.ndarray]:
-        """The prompts of a rollout step, epoch after epoch, and keys that name (epoch, row) to the sampler."""
-        rows, count = len(self.data), self.stage.schedule.prompts
-        chosen: list[int] = []
-        keys: list[int] = []
-        place = step * count
-        while len(chosen) < count:
-            epoch, offset = divmod(place + len(chosen), rows)
-            piece = self._order("prompts", epoch, rows)[offset : offset + count - len(chosen)]
-            chosen.extend(piece)
-            keys.extend(epoch * rows + piece)
-        return self.data.take(np.asarray(chosen)), np.asarray(keys)
-
-    def _rollout_metrics(self, samples: Samples, scores_B: Tensor) -> None:
-        add = self.now.add
-        known_B = ~scores_B.isnan()
-        add("reward", scores_B[known_B])
-        add("reward_missing", (~known_B).float())
-        add("completions/mean_length", torch.from_numpy(samples.completions.lengths).float())
-        add("completions/clipped_ratio", (samples.columns["finish"] == Finish.LENGTH).float())
-        add("entropy", -samples.tokens["old_logps"])  # unbiased: the samples are the policy's own
-        groups = scores_B.view(len(samples.prompts), -1)
-        if groups.shape[1] > 1:
-            known_P = (~groups.isnan()).sum(1)
-            squares_P = (groups - groups.nanmean(1, keepdim=True)).square().nansum(1)
-            add("reward_std", (squares_P / (known_P - 1).clamp(min=1)).sqrt()[known_P > 1])
-            # By the extremes: rounding may leave a standard deviation above 0. The missing do not count.
-            highest, lowest = groups.nan_to_num(-math.inf).amax(1), groups.nan_to_num(math.inf).amin(1)
-            add("frac_reward_zero_std", (highest <= lowest).float())
-
-    def _shown(self, samples: Samples, scores_B: Tensor) -> list[dict[str, Any]]:
-        count = min(self.config.log_completions, len(samples.completions))
-        rows = np.linspace(0, max(len(samples.completions) - 1, 0), count).astype(int)
-        return [
-            {
-                **{name: values[b] for name, values in self.shown_columns.items()},
-                "prompt": self.tokenizer.decode(samples.prompts[samples.prompt_B[b]]),
-                "completion": self.tokenizer.decode(samples.completions[b]),
-                "reward": None if scores_B[b].isnan() else float(scores_B[b]),
-            }
-            for b in rows
-        ]
-
     # ------------------------------------------------------------------------------------ evaluation
 
     @torch.no_grad()
@@ -506,6 +363,8 @@ class Engine:
         Samples are drawn with the same random numbers every time, so that evaluations differ by the weights alone.
         """
         training, self.now = self.now, Meter()
+        if self.stage.condition is not None and not self.stage.on_policy:
+            held_out = self.stage.condition.of_rows(held_out, self)
         self.watchdog.doing(f"evaluation after step {self.step}")
         modules = [t.module for t in self.trained.values()]
         for module in modules:
@@ -526,8 +385,7 @@ class Engine:
         terms = {id(t): (role, t) for role, trained in self.trained.items() for t in trained.terms if t.rows == "main"}
         for start in range(0, len(held_out), self.config.rows_per_step):
             batch = held_out.take(np.arange(start, min(start + self.config.rows_per_step, len(held_out))))
-            if self.moving is not None:
-                batch = batch.with_tokens(ref_logps=self.reference_logps(batch))
+            batch = self._of_rows(batch)
             shared, plans = self._prepare({"main": batch})
             for key, (_, term) in terms.items():
                 sizes[key] += self._size(term, batch)
@@ -544,11 +402,13 @@ class Engine:
 
     def _evaluate_samples(self, held_out: Samples) -> dict[str, float]:
         seed = derive_seed(self.config.seed, "evaluation")
-        samples, scores_B = self._sample(held_out, self.config.eval_samples, seed)
+        source = self.stage.source
+        assert isinstance(source, Rollouts)
+        own = replace(source, group_size=self.config.eval_samples, by="policy", beside=(), share=1.0)
+        samples, scores = self._sample(held_out, None, seed, own)
         if self.reference is not None:
             samples = samples.with_tokens(ref_logps=self.reference_logps(samples))
-            self.now.add("kl", sequence_kl(samples))
-        self._rollout_metrics(samples, scores_B)
+        self._rollout_metrics(samples, scores)
         return {}
 
     # ------------------------------------------------------------------------------------ one optimizer step
@@ -649,7 +509,7 @@ class Engine:
                 scores = self._forward(role, trained.module, tree, terms)
             losses = []
             for term in terms:
-                record = build_record(term.loss.family, part, scores, tree, shared)
+                record = build_record(term.loss.family, part, scores, tree, shared, critic_of_role(role) or "")
                 out = term.loss(record)
                 mask_BT = record.loss_mask_BT if out.mask_BT is None else out.mask_BT
                 total = term.counted.total(out.loss, mask_BT, record.weights)
@@ -669,7 +529,9 @@ class Engine:
             want = wanted(t.loss for t in terms)
             other = self.reference if "kl" in want else None
             return module(tree, temperature=self.temperature, want=want, other=other)
-        return module(tree, values=role == CRITIC, steps=any(t.loss.family is StepScores for t in terms))
+        return module(
+            tree, values=critic_of_role(role) is not None, steps=any(t.loss.family is StepScores for t in terms)
+        )
 
     def _size(self, term: Term, rows: Samples) -> float:
         """The term's count over the whole optimizer batch, known from masks before any forward."""
@@ -685,11 +547,13 @@ class Engine:
             if self.config.max_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(trained.parameters.values(), self.config.max_grad_norm, norms[role])
             trained.optimizer.step()
-            self.now.add("grad_norm" if role != CRITIC else "grad_norm/critic", float(norms[role]))
+            critic = critic_of_role(role) is not None
+            self.now.add(f"grad_norm/{role}" if critic else "grad_norm", float(norms[role]))
         first = next(iter(self.trained.values()))
         self.now.add("learning_rate", first.peak * factor)
         self.spent.optimizer_steps += 1
-        if self.moving is not None and self.spent.optimizer_steps % self.moving.every == 0:
+        each_round = isinstance(self.moving, EachRound)
+        if self.moving is not None and not each_round and self.spent.optimizer_steps % self.moving.every == 0:
             assert self.reference is not None
             self.moving.follow(self.reference, self.policy)
 
@@ -772,7 +636,7 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def loss_name(role: str) -> str:
-    return "loss" if role != CRITIC else "loss/critic"
+    return f"loss/{role}" if critic_of_role(role) is not None else "loss"
 
 
 def learning_rate_factor(progress: float, step: int, config: TrainConfig) -> float:

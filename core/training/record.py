@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefzoo.algorithm import Algorithm
 from prefzoo.data.formats import Dataset
-from prefzoo.feedback.rewards import FunctionReward, RewardSource, SumReward
+from prefzoo.feedback.rewards import FunctionReward, RewardSource, Several
 from prefzoo.files import replacing_file
 from prefzoo.models.reference import weights_hash
 from prefzoo.registry import UsageError, suggest
@@ -38,7 +38,11 @@ RECORD = "run.json"
 
 
 def describe(
-    algorithm: Algorithm, settings: TrainConfig, data: Dataset, held_out: Dataset | None, facts: Mapping[str, Any]
+    algorithm: Algorithm,
+    settings: TrainConfig,
+    data: Dataset | None,
+    held_out: Dataset | None,
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """How a model was made, as JSON: enough to make it again, and to see what another run has different.
 
@@ -46,7 +50,8 @@ def describe(
     ``fingerprints`` the :func:`fingerprint` of each, taken before the first step.
     """
     losses = {f"loss:{t.loss.name}": t.loss.entry.source_hash() for s in algorithm.stages for t in s.terms}
-    fingerprints = {"composition": _digest([_without_addresses(repr(algorithm.stages))])}
+    composition = _without_addresses(repr((algorithm.stages, algorithm.product)))
+    fingerprints = {"composition": _digest([composition])}
     return _json(
         {
             "algorithm": algorithm.name,
@@ -58,7 +63,7 @@ def describe(
             "fingerprints": {**facts.get("fingerprints", {}), **fingerprints},
             "config": settings.model_dump(mode="json"),
             "given": settings.model_dump(mode="json", exclude_unset=True),
-            "data": _of(data),
+            "data": None if data is None else _of(data),
             "held_out": None if held_out is None else _of(held_out),
             "versions": versions(),
             "commit": commit(),
@@ -162,7 +167,7 @@ def fingerprint(value: Any) -> Any:
     - A function: its source without comments, with everything of the same file that it names, and the constants it
       was bound to (defaults, closure, ``functools.partial``); a callable object: its class and its constants. What
       changes while it runs, such as a list that it fills, does not count, nor does code of other files.
-    - A sum of rewards: a mapping, so that one sees which part changed.
+    - A sum of rewards, or what else is made of several: a mapping, so that one sees which part changed.
     """
     if value is None:
         return None
@@ -170,8 +175,8 @@ def fingerprint(value: Any) -> Any:
         raise TypeError(f"fingerprint of what {str(value)!r} names, not of its name")
     if isinstance(value, Dataset):
         return value.hash()
-    if isinstance(value, SumReward):
-        return {name: fingerprint(part) for name, part in value.parts.items()} | {"weights": value.weights_K.tolist()}
+    if isinstance(value, Several):
+        return {name: fingerprint(part) for name, part in value.parts.items()} | value.facts()
     if isinstance(value, FunctionReward):
         return fingerprint(value.function)
     if isinstance(value, RewardSource):

@@ -14,6 +14,7 @@ from prefzoo.losses import Loss
 from prefzoo.models.roles import Scores as ModelScores
 from prefzoo.models.roles import Want
 from prefzoo.models.tree import TreeBatch
+from prefzoo.parts.roles import of_critic
 from prefzoo.records import (
     Distribution,
     Heads,
@@ -68,9 +69,15 @@ def rows_of(loss: Loss, rows: Samples) -> tuple[int, Tensor | None]:
 
 
 def build_record(
-    family: type[Record], samples: Samples, scores: ModelScores, tree: TreeBatch, shared: Mapping[str, Tensor]
+    family: type[Record],
+    samples: Samples,
+    scores: ModelScores,
+    tree: TreeBatch,
+    shared: Mapping[str, Tensor],
+    critic: str = "",
 ) -> Record:
-    """The record of one micro-batch. ``shared`` is what the prelude knows about the whole optimizer batch."""
+    """The record of one micro-batch. ``shared`` is what the prelude knows about the whole optimizer batch; ``critic``
+    the name of the critic whose values they are."""
     mask_BT, device = tree.mask_BT, tree.mask_BT.device
     trained_BT = loss_mask(samples, mask_BT)
 
@@ -121,7 +128,8 @@ def build_record(
         assert scores.values_C is not None
         return Values(
             values_BT=scatter(scores.values_C, mask_BT), mask_BT=trained_BT,
-            old_values_BT=_need(tokens("values")), returns_BT=_need(tokens("returns")),
+            old_values_BT=_need(tokens(of_critic("values", critic))),
+            returns_BT=_need(tokens(of_critic("returns", critic))),
         )  # fmt: skip
     if family is Heads:
         heads = {f"{name}_BT": scatter(values_C, mask_BT) for name, values_C in scores.heads.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -17,12 +18,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefzoo.algorithm import Algorithm, Stage
 from prefzoo.data.samples import Samples
+from prefzoo.feedback import ModelReward
 from prefzoo.files import replacing_folder
 from prefzoo.locks import locked
 from prefzoo.models.folders import run_model
-from prefzoo.models.load import load_policy, load_scorer, load_tokenizer, save_policy, save_scorer, set_checkpointing
+from prefzoo.models.load import (
+    load_policy,
+    load_scorer,
+    load_tokenizer,
+    new_scorer,
+    save_policy,
+    save_scorer,
+    set_checkpointing,
+)
 from prefzoo.models.roles import Policy, Scorer
-from prefzoo.parts.roles import REFERENCE
+from prefzoo.parts.roles import REFERENCE, REWARD, TEACHER
 from prefzoo.processes import Processes
 from prefzoo.registry import RunError, UsageError, suggest
 from prefzoo.training import checkpoint, output, setup
@@ -39,6 +49,7 @@ Callback = Callable[[int, Policy, dict[str, float]], Any]
 
 # Checkpoints that nobody asked for: the first after a minute, then so that they cost this share of the time.
 FIRST_SAVE, SHARE, LONGEST = 60.0, 0.01, 1800.0
+DECODE = "decode.json"  # in a model's folder: how answers are made with it, where not by sampling alone
 LONGER = ("config.max_steps", "config.epochs", "config.patience")  # what makes more of a run that is finished
 
 
@@ -88,6 +99,7 @@ class Steps:
         output_dir: str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         reference: Any = None,
+        teacher: Any = None,
         ptx_dataset: Any = None,
         eval_dataset: Any = None,
         config: TrainConfig | Mapping[str, Any] | None = None,
@@ -141,10 +153,16 @@ class Steps:
             self.log.note(f"note: {chosen.name} needs no reference; reference= is ignored.")
         elif reference is not None:
             self.anchor = setup.anchor(reference, self.tokenizer, settings, self.log.note).to(self.device)
+        self.teacher = None
+        if teacher is not None and TEACHER not in chosen.needs:
+            self.log.note(f"note: {chosen.name} needs no teacher; teacher= is ignored.")
+        elif teacher is not None:
+            self.teacher = setup.anchor(teacher, self.tokenizer, settings, self.log.note, TEACHER).to(self.device)
         self.ptx = setup.read_ptx(chosen, ptx_dataset, settings, self.log.note)
-        given = {"model": model, "reward": reward, "reference": reference, "ptx_dataset": ptx_dataset}
+        given = {"model": model, "reward": reward, "reference": reference, "teacher": teacher,
+                 "ptx_dataset": ptx_dataset}  # fmt: skip
         contents = {"model": self.policy, "tokenizer": self.tokenizer, "reward": self.source,
-                    "reference": self.anchor, "ptx_dataset": self.ptx}  # fmt: skip
+                    "reference": self.anchor, "teacher": self.teacher, "ptx_dataset": self.ptx}  # fmt: skip
         self.facts = {k: _name_of(v) for k, v in given.items()}
         self.facts["fingerprints"] = {k: fingerprint(v) for k, v in contents.items()}
         self.folder = output.make_folder(output_dir)
@@ -160,6 +178,8 @@ class Steps:
         self._saved: tuple[int, tuple[int, int]] | None = None  # stage and mark of the newest checkpoint
         self._next_save = math.inf
         self._stage_start: dict[str, Tensor] = {}  # weights that a later stage began with
+        self.judge: ModelReward | None = None  # the reward model that an earlier stage has trained
+        self._judge_weights: dict[str, Tensor] = {}
         self._open = contextlib.ExitStack()
         self._closing = False
         self._began = False  # the folder is this run's
@@ -192,7 +212,7 @@ class Steps:
         if self.result is None:
             self._closing = True
             self._steps.close()
-            if self.engine is None:
+            if self.engine is None and self.algorithm.stages:
                 raise UsageError("finish() before the first step: there is nothing to keep.")
             with self._open:
                 self.result = self._finish()
@@ -218,6 +238,8 @@ class Steps:
             start = self._begin()
             if self.result is not None:
                 return
+            if not self.algorithm.stages:  # a way to decode: the model is written as it is
+                self._take_over(None)
             self.log.open_trackers(self.settings.report_to if self.processes.main else (), self.record)
             for number, stage in enumerate(self.algorithm.stages):
                 if start is not None and number < start.facts["stage"]:
@@ -342,11 +364,11 @@ class Steps:
         self._before = self._done_steps if start is None else start.facts["before"]
         self.engine, self.number = None, number
         if number > 0:
-            self._start_of_stage(under("stage_start", tensors))
+            self._start_of_stage(tensors)
         engine, held = setup.make_engine(
             stage, settings, policy=self.policy, tokenizer=self.tokenizer, data=self.data, held_out=self.held_out,
-            ptx=self.ptx, reward=self.source, anchor=self.anchor, device=self.device, log=self.log,
-            processes=self.processes, stopping=self.stopping, watchdog=self.watchdog,
+            ptx=self.ptx, reward=self.judge or self.source, anchor=self.anchor, teacher=self.teacher,
+            device=self.device, log=self.log, processes=self.processes, stopping=self.stopping, watchdog=self.watchdog,
         )  # fmt: skip
         engine.whole = False  # until the first mark below
         self.engine, self.scorer = engine, engine.scorer
@@ -400,13 +422,28 @@ class Steps:
 
     # ------------------------------------------------------------------------------------ checkpoints
 
-    def _start_of_stage(self, weights: Mapping[str, Tensor]) -> None:
-        """The anchor of a later stage is what the one before it has made: keep that, or bring it back."""
+    def _start_of_stage(self, tensors: Mapping[str, Tensor]) -> None:
+        """The anchor of a later stage is what the one before it has made, and its judge the reward model of an earlier
+        one: keep them, or bring them back."""
         mine = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         with torch.no_grad():
-            for name, value in weights.items():
+            for name, value in under("stage_start", tensors).items():
                 mine[name].copy_(value)
         self._stage_start = {f"stage_start/{name}": p.detach().cpu().clone() for name, p in mine.items()}
+        made = [stage for stage in self.algorithm.stages[: self.number] if REWARD in stage.trains]
+        if not made:
+            return
+        scorer, weights = self.scorer, under("stage_reward", tensors)
+        if weights:
+            scorer = new_scorer(self.policy, made[-1].pooling).to(self.device)  # type: ignore[arg-type]
+            scorer.load_state_dict(weights)
+        if scorer is not None:  # of the stage before this one; else the judge is known already
+            self.judge = ModelReward(scorer.requires_grad_(False).eval(), "reward_model")
+            state = {
+                f"stage_reward/{name}": value.detach().cpu().clone() for name, value in scorer.state_dict().items()
+            }
+            self._judge_weights = state
+        self._stage_start |= self._judge_weights
 
     def _go_on(self, engine: Engine, start: Checkpoint, tensors: Mapping[str, Tensor]) -> bool:
         """Be where the checkpoint was; whether there is more to do."""
@@ -558,9 +595,8 @@ class Steps:
         self.watchdog.doing("writing the result")
         if self.best is not None and self.best["step"] == 0:
             self.log.note("no evaluation was better than the one before the first step.")
-        assert self.engine is not None
-        record = self.record | {"finished": True, "spent": self.spent.to_dict(), "best": self.best,
-                                "ended": (self.engine.step, self.engine.total_steps)}  # fmt: skip
+        ended = (0, 0) if self.engine is None else (self.engine.step, self.engine.total_steps)
+        record = self.record | {"finished": True, "spent": self.spent.to_dict(), "best": self.best, "ended": ended}
         with checkpoint.told(f"the result could not be written to {str(self.folder)!r}", self.folder):
             output.write_card(record, self.log.history, self._save("final"))
             output.draw_curves(self.log.history, self.folder / "curves.png", chosen.name, self.log.note)
@@ -587,6 +623,9 @@ class Steps:
                 save_scorer(self.scorer, self.tokenizer, folder, note=self.log.note)
             else:
                 save_policy(self.policy, self.tokenizer, folder, merge=merge)
+            if self.algorithm.product is not None:
+                how = {**self.algorithm.product.to_dict(), "reward": self.facts["reward"]}
+                (folder / DECODE).write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
         finally:
             set_rng_state(*random)
 
@@ -619,6 +658,7 @@ def train(
     output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     reference: str | Path | PreTrainedModel | None = None,
+    teacher: str | Path | PreTrainedModel | None = None,
     ptx_dataset: Any = None,
     eval_dataset: Any = None,
     config: TrainConfig | Mapping[str, Any] | None = None,
@@ -642,6 +682,7 @@ def train(
         output_dir: gets ``metrics.jsonl``, ``samples.jsonl``, ``run.json``, ``curves.png`` and ``final/``; None:
             nothing is written.
         reference: the anchor; by default the start model.
+        teacher: the model that is learned from (``gkd``, ``minillm``, ``seqkd``), with the policy's tokenizer.
         ptx_dataset: demonstrations for terms on ``ptx`` rows (``ppo(ptx=...)``).
         eval_dataset: rows or prompts that are not trained on, evaluated every ``eval_steps``; or ``eval_split=0.05``.
         config: a :class:`TrainConfig` or a mapping of its fields.

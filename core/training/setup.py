@@ -38,7 +38,7 @@ from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.tokenizer import open_tokenizer, same_tokens
 from prefzoo.parts.feedback import Verifier
 from prefzoo.parts.reference import Moving
-from prefzoo.parts.roles import CRITIC, REFERENCE, REWARD
+from prefzoo.parts.roles import REFERENCE, REWARD, TEACHER
 from prefzoo.parts.source import Rollouts
 from prefzoo.processes import Processes
 from prefzoo.registry import UsageError, suggest
@@ -92,14 +92,14 @@ def _without_effect(
 ) -> list[tuple[tuple[str, ...], str]]:
     """Options that this run does not read, and why."""
     out: list[tuple[tuple[str, ...], str]] = []
-    sampled = algorithm.stages[0].on_policy
+    sampled = algorithm.on_policy
     if sampled:
         out.append((ONLY_DATASET, "its rows are sampled, and its schedule decides (prompts_per_step, inner_epochs, "
                     "minibatches of the algorithm; max_steps of the training)"))  # fmt: skip
         out.append((("loss_on", "implicit_prompt"), "it trains on answers of its own"))
     else:
         out.append((("log_completions", "eval_samples"), "it samples nothing"))
-    if CRITIC not in algorithm.needs:
+    if not any(stage.critics for stage in algorithm.stages):
         out.append((("critic_learning_rate",), "it has no critic"))
     if settings.optimizer == "sgd":
         out.append((("betas",), "the optimizer is sgd"))
@@ -146,8 +146,10 @@ def device_of(settings: TrainConfig, processes: Processes) -> torch.device:
 
 def read_data(
     algorithm: Algorithm, dataset: Any, eval_dataset: Any, settings: TrainConfig
-) -> tuple[Dataset, Dataset | None]:
-    """The data to train on, and what is held out of it; no prompt is in both."""
+) -> tuple[Dataset | None, Dataset | None]:
+    """The data to train on, and what is held out of it; no prompt is in both. A way to decode needs none."""
+    if dataset is None and not algorithm.stages:
+        return None, None
     if dataset is None:
         raise UsageError(f"algorithm {algorithm.name!r}: give dataset=, a file or rows of type {algorithm.data}.")
     s = settings
@@ -178,7 +180,7 @@ def reading_of(settings: TrainConfig) -> dict[str, Any]:
 
 
 def start_model(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, data: Dataset, settings: TrainConfig, note: Note
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, data: Dataset | None, settings: TrainConfig, note: Note
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
     """The start policy (a copy, where the caller holds the model) and its tokenizer."""
     s = settings
@@ -196,6 +198,8 @@ def start_model(
     words: dict[str, Any] = {"chat_template": s.chat_template, "added_tokens": s.added_tokens}
     where: dict[str, Any] = {"revision": s.revision, "trust_remote_code": s.trust_remote_code}
     if isinstance(model, str) and model in ("tiny", "small"):
+        if data is None:
+            raise UsageError(f"model {model!r} learns its words from the data: give dataset=.")
         tokenizer = tokenizer or learn_tokenizer(list(_texts(data)))
         model = tiny_model(tokenizer, size=cast(Size, model), seed=s.seed)
     if tokenizer is not None:
@@ -213,12 +217,14 @@ def start_model(
     return policy, tokenizer
 
 
-def anchor(reference: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainConfig, note: Note) -> Policy:
-    """The user's own reference, frozen, in the precision of the policy."""
+def anchor(
+    reference: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainConfig, note: Note, role: str = REFERENCE
+) -> Policy:
+    """The user's own reference or teacher, frozen, in the precision of the policy."""
     reference = run_model(reference) if isinstance(reference, str | Path) else reference
     if isinstance(reference, str | Path) and not same_tokens(open_tokenizer(reference), tokenizer):
         raise UsageError(
-            f"reference {str(reference)!r}: its tokenizer has other ids than the policy's, so it would score other "
+            f"{role} {str(reference)!r}: its tokenizer has other ids than the policy's, so it would score other "
             "words; give a model with the same tokenizer."
         )
     policy = load_policy(
@@ -264,7 +270,7 @@ def reward_source(
 ) -> RewardSource | None:
     if weights is not None and reward is None:
         raise UsageError("reward_weights has no effect without reward=; leave it out.")
-    if not any(REWARD in s.needs and REWARD not in s.trains for s in algorithm.stages):
+    if not algorithm.asks_for_reward:
         if reward is not None:
             note(f"note: {algorithm.name} learns from the data's labels; reward= is ignored.")
         return None
@@ -317,6 +323,7 @@ def make_engine(
     ptx: Dataset | None,
     reward: RewardSource | None,
     anchor: Policy | None,
+    teacher: Policy | None,
     device: torch.device,
     log: RunLog,
     processes: Processes,
@@ -355,12 +362,22 @@ def make_engine(
     if ptx is not None and any(t.rows == "ptx" for t in stage.terms):
         demonstrations, _ = tokenise(ptx, tokenizer, "completions", **reading)
     moving = isinstance(stage.reference, Moving)
-    if moving and (policy.adapter is not None or anchor is not None):
-        raise UsageError("a moving reference follows a fully trained policy from its start: no lora, no reference=.")
+    if moving and anchor is not None:
+        raise UsageError("a moving reference follows the policy from its start; leave reference= out.")
+    if isinstance(stage.reference, Moving) and stage.reference.alpha < 1 and policy.adapter is not None:
+        raise UsageError(
+            "the weights between two adapters (lora) are not those between their factors: a moving reference needs "
+            "alpha=1, a hard copy, there; or train all weights."
+        )
+    if TEACHER in stage.needs and teacher is None:
+        raise UsageError("this algorithm needs a teacher: give teacher=, a model with the policy's tokenizer.")
     reference = None
     if REFERENCE in stage.needs:
         live = stage.on_policy or stage.prelude is not None or "kl" in wanted(t.loss for t in stage.terms)
-        reference = clone(policy) if moving else anchor or reference_of(policy, live=live)
+        written = REFERENCE in stage.source.needs  # what samples is a model of its own
+        reference = (
+            clone(policy) if moving or (written and anchor is None) else anchor or reference_of(policy, live=live)
+        )
         if not stage.on_policy and not moving:
             # Offline rows never change, so neither do their reference log-probabilities: once, before any step.
             known = [samples] if held is None else [samples, held]
@@ -372,22 +389,21 @@ def make_engine(
             ]
             samples, held = known[0], (known[1] if held is not None else None)
     scorer = new_scorer(policy, stage.pooling).to(device) if REWARD in stage.trains else None  # type: ignore[arg-type]
-    critic: Scorer | None = None
-    if CRITIC in stage.needs:
+    critics: dict[str, Scorer] = {}
+    for role in stage.critics:
         if stage.critic_from != REWARD:
-            critic = new_critic(policy)
+            critics[role] = new_critic(policy).to(device)
         elif isinstance(reward, ModelReward):
-            critic = critic_of(reward.scorer, adapter_of(settings))
+            critics[role] = critic_of(reward.scorer, adapter_of(settings)).to(device)
         else:
             raise UsageError("critic_from='reward' needs a reward model with the policy's tokenizer as the reward.")
-        critic.to(device)
     if processes.size > 1:
-        models = [weights_hash(m) for m in (policy, scorer, critic, reference) if m is not None]
+        models = [weights_hash(m) for m in (policy, scorer, *critics.values(), reference, teacher) if m is not None]
         if len({tuple(m) for m in processes.gather(models)}) > 1:
             raise UsageError("the processes have loaded different weights: give all the same model and configuration.")
     engine = Engine(
         stage, settings, tokenizer=tokenizer, policy=policy, data=samples, ptx=demonstrations, reward=reward,
-        reference=reference, scorer=scorer, critic=critic, log=log, processes=processes, stopping=stopping,
-        watchdog=watchdog,
+        reference=reference, teacher=teacher, scorer=scorer, critics=critics, log=log, processes=processes,
+        stopping=stopping, watchdog=watchdog,
     )  # fmt: skip
     return engine, held
