@@ -107,7 +107,7 @@ def sequence_kl(samples: Samples, estimator: ValueEstimatorName = "k1") -> Tenso
     owner_C = torch.repeat_interleave(
         torch.arange(len(samples.completions)), torch.from_numpy(samples.completions.lengths)
     )
-    return torch.zeros(len(samples.completions)).index_add(0, owner_C, kl_C)
+    return kl_C.new_zeros(len(samples.completions)).index_add(0, owner_C, kl_C)
 
 
 __all__ = ["GAE", "BestOfK", "GroupRelative", "LeaveOneOut", "per_token", "sequence_kl"]
