@@ -55,8 +55,8 @@ def import_function(spec: str) -> Callable[..., Any]:
 
 
 def names_function(text: object) -> bool:
-    """Whether this is written ``my_file.py:function``."""
-    return isinstance(text, str) and text.rpartition(":")[0].endswith(".py")
+    """Whether this is written ``my_file.py:function``; inside brackets, ``ensemble(my_file.py:function)``, it is not."""
+    return isinstance(text, str) and text.rpartition(":")[0].endswith(".py") and not text.endswith(")")
 
 
 def _in_words(error: Exception, file: Path) -> str:

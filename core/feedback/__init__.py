@@ -1,6 +1,11 @@
-"""Reward sources: functions with TRL's signature, verifiers by name, reward models."""
+"""Reward sources: functions with TRL's signature, verifiers by name, reward models, judges, ensembles and rules."""
 
+from prefzoo.feedback.calibration import Calibration, calibrate
+from prefzoo.feedback.endpoint import Endpoint
+from prefzoo.feedback.ensembles import Ensemble, Gate, ensemble, gate
+from prefzoo.feedback.judges import Judge, LocalModel, judge
 from prefzoo.feedback.rewards import FunctionReward, ModelReward, RewardSource, SumReward, resolve_reward
+from prefzoo.feedback.rules import Rule, Rules, rules
 from prefzoo.feedback.text import TextReward
 from prefzoo.feedback.verifiers import (
     VERIFIERS,
@@ -13,6 +18,8 @@ from prefzoo.feedback.verifiers import (
 )
 
 __all__ = [
-    "VERIFIERS", "FunctionReward", "ModelReward", "RewardSource", "SumReward", "TextReward", "cosine_scaled", "exact",
-    "numeric", "repetition_penalty", "resolve_reward", "soft_overlong_punishment", "think_format",
+    "VERIFIERS", "Calibration", "Endpoint", "Ensemble", "FunctionReward", "Gate", "Judge", "LocalModel", "ModelReward",
+    "RewardSource", "Rule", "Rules", "SumReward", "TextReward", "calibrate", "cosine_scaled", "ensemble", "exact",
+    "gate", "judge", "numeric", "repetition_penalty", "resolve_reward", "rules", "soft_overlong_punishment",
+    "think_format",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import json
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from prefzoo.data.samples import Samples
+from prefzoo.feedback.sources import SOURCES, named_source
 from prefzoo.feedback.verifiers import KEYWORDS, VERIFIERS, verifier
 from prefzoo.models.folders import REWARD_FILE, no_bars, run_model
 from prefzoo.models.load import load_scorer
@@ -30,6 +32,7 @@ from prefzoo.models.roles import Scorer
 from prefzoo.models.scorers import open_classifier
 from prefzoo.models.tokenizer import open_tokenizer, same_tokens
 from prefzoo.models.tree import packed
+from prefzoo.plugins import import_function, names_function
 from prefzoo.registry import UsageError, suggest
 
 RewardFunction = Callable[..., Any]
@@ -46,6 +49,7 @@ class Pending:
 
 class RewardSource:
     """Scores completions. ``verifies``: it checks (a function, a verifier) rather than judges (a reward model).
+    ``compares``: it can only compare completions of one prompt, and its score is a mean probability of winning.
 
     A subclass has ``name``, ``verifies`` and ``__call__``. The engine tells where the run is before a call
     (:meth:`begin`) and collects what was logged after it (:meth:`drain`).
@@ -53,10 +57,19 @@ class RewardSource:
 
     name: str
     verifies: bool
+    compares: bool = False
 
     def __call__(self, samples: Samples) -> Tensor:
         """One score per completion (B,), NaN where there is none."""
         raise NotImplementedError
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu") -> RewardSource:
+        """This source, ready for completions of a policy with that tokenizer: what it names by folder is loaded."""
+        return self
+
+    def objectives(self, samples: Samples) -> Tensor:
+        """The scores that are several, each by itself (B, K); here the only one."""
+        return self(samples)[:, None]
 
     def start(self, samples: Samples) -> Pending:
         """Begin what can go on beside other work; here nothing: the score is made when it is asked for."""
@@ -224,7 +237,119 @@ class ModelReward(RewardSource):
         return scores_B
 
 
-class SumReward(RewardSource):
+class Several(RewardSource):
+    """What is made of the scores of several sources; asynchronous functions among them run at the same time.
+
+    A subclass has :meth:`combine`, and :meth:`facts` where it has settings. Metrics: ``rewards/<name>/mean`` and
+    ``rewards/<name>/std`` of each source, and what the sources log themselves; where two log the same name, the later
+    one's gets its source's name in front.
+
+    Args:
+        parts: sources, or whatever ``reward=`` takes, which :meth:`bind` then makes sources of.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._given = list(parts)
+        self.parts: dict[str, RewardSource] = {}
+        if all(isinstance(part, RewardSource) for part in parts):
+            self._take(parts)
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def _take(self, parts: Sequence[RewardSource]) -> None:
+        self.parts = {}
+        for part in parts:
+            name, number = part.name, 1
+            while name in self.parts:  # two lambdas, say
+                number += 1
+                name = f"{part.name}_{number}"
+            self.parts[name] = part
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "+".join(self.parts)
+
+    @property
+    def verifies(self) -> bool:  # type: ignore[override]
+        return all(p.verifies for p in self.parts.values())
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu") -> RewardSource:
+        bound = copy.copy(self)
+        bound._take([resolve_reward(part, tokenizer, device) for part in self._given])
+        bound._metrics = defaultdict(list)
+        return bound
+
+    def combine(self, scores_KB: Tensor, samples: Samples) -> Tensor:
+        """One score per completion (B,) from those of each source."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """The settings that the scores depend on, for the record of a run."""
+        return {}
+
+    def begin(self, state: Any) -> None:
+        for part in self.parts.values():
+            part.begin(state)
+
+    def __call__(self, samples: Samples) -> Tensor:
+        return self.start(samples).result()
+
+    def start(self, samples: Samples) -> Pending:
+        pending = self._start(samples)
+
+        def result() -> Tensor:
+            return self.combine(pending.result(), samples)
+
+        return Pending(result, pending.cancel, pending.running)
+
+    def scores(self, samples: Samples) -> Tensor:
+        """The scores of each source, (K, B)."""
+        return self._start(samples).result()
+
+    def _start(self, samples: Samples) -> Pending:
+        if not self.parts:
+            raise UsageError(f"{type(self).__name__}: not bound to a tokenizer yet; call bind(tokenizer) first.")
+        started: list[Pending] = []
+
+        def cancel() -> None:
+            for pending in started:
+                pending.cancel()
+
+        def result() -> Tensor:
+            scores: dict[int, Tensor] = {}
+            try:
+                for k in sorted(range(len(started)), key=lambda k: started[k].running):  # while those run, the others
+                    scores[k] = started[k].result()
+            finally:
+                cancel()  # where one fails, nobody waits for the rest
+            return self._logged(torch.stack([scores[k] for k in range(len(started))]))
+
+        try:
+            started.extend(part.start(samples) for part in self.parts.values())
+        except BaseException:
+            cancel()
+            raise
+        return Pending(result, cancel, running=any(pending.running for pending in started))
+
+    def _logged(self, scores_KB: Tensor) -> Tensor:
+        for name, scores_B, said_B in zip(self.parts, scores_KB, ~scores_KB.isnan(), strict=True):
+            known = scores_B[said_B]
+            if len(known):
+                self._metrics[f"rewards/{name}/mean"].append(float(known.mean()))
+            if len(known) > 1:
+                self._metrics[f"rewards/{name}/std"].append(float(known.std()))
+        return scores_KB
+
+    def drain(self) -> tuple[dict[str, float], dict[str, list[Any]]]:
+        metrics = _means(self._metrics)
+        columns: dict[str, list[Any]] = {}
+        for name, part in self.parts.items():
+            logged, shown = part.drain()
+            metrics |= {f"{name}/{key}" if key in metrics else key: value for key, value in logged.items()}
+            columns |= {f"{name}/{key}" if key in columns else key: values for key, values in shown.items()}
+        return metrics, columns
+
+
+class SumReward(Several):
     """The weighted sum of several sources; asynchronous functions among them run at the same time.
 
         R_i = sum_k w_k r_ki, over the sources k that say something about completion i
@@ -239,68 +364,20 @@ class SumReward(RewardSource):
     """
 
     def __init__(self, parts: Sequence[RewardSource], weights: Sequence[float] | None = None) -> None:
-        self.parts: dict[str, RewardSource] = {}
-        for part in parts:
-            name, number = part.name, 1
-            while name in self.parts:  # two lambdas, say
-                number += 1
-                name = f"{part.name}_{number}"
-            self.parts[name] = part
+        super().__init__(parts)
         self.weights_K = _weights(weights, list(self.parts))
-        self.name = "+".join(self.parts)
-        self.verifies = all(p.verifies for p in parts)
-        self._metrics: dict[str, list[float]] = defaultdict(list)
 
-    def begin(self, state: Any) -> None:
-        for part in self.parts.values():
-            part.begin(state)
+    def facts(self) -> dict[str, Any]:
+        return {"weights": self.weights_K.tolist()}
 
-    def __call__(self, samples: Samples) -> Tensor:
-        return self.start(samples).result()
-
-    def start(self, samples: Samples) -> Pending:
-        started: list[Pending] = []
-
-        def cancel() -> None:
-            for pending in started:
-                pending.cancel()
-
-        def result() -> Tensor:
-            scores: dict[int, Tensor] = {}
-            try:
-                for k in sorted(range(len(started)), key=lambda k: started[k].running):  # while those run, the others
-                    scores[k] = started[k].result()
-            finally:
-                cancel()  # where one fails, nobody waits for the rest
-            return self._sum(torch.stack([scores[k] for k in range(len(started))]))
-
-        try:
-            started.extend(part.start(samples) for part in self.parts.values())
-        except BaseException:
-            cancel()
-            raise
-        return Pending(result, cancel, running=any(pending.running for pending in started))
-
-    def _sum(self, scores_KB: Tensor) -> Tensor:
-        said_KB = ~scores_KB.isnan()
-        for name, scores_B, said_B in zip(self.parts, scores_KB, said_KB, strict=True):
-            known = scores_B[said_B]
-            if len(known):
-                self._metrics[f"rewards/{name}/mean"].append(float(known.mean()))
-            if len(known) > 1:
-                self._metrics[f"rewards/{name}/std"].append(float(known.std()))
+    def combine(self, scores_KB: Tensor, samples: Samples) -> Tensor:
         weights_K1 = self.weights_K[:, None]
-        counts_B = (said_KB & (weights_K1 != 0)).any(0)
+        counts_B = (~scores_KB.isnan() & (weights_K1 != 0)).any(0)
         return torch.where(counts_B, (weights_K1 * scores_KB.nan_to_num()).sum(0), torch.nan)
 
-    def drain(self) -> tuple[dict[str, float], dict[str, list[Any]]]:
-        metrics = _means(self._metrics)
-        columns: dict[str, list[Any]] = {}
-        for name, part in self.parts.items():
-            logged, shown = part.drain()
-            metrics |= {f"{name}/{key}" if key in metrics else key: value for key, value in logged.items()}
-            columns |= {f"{name}/{key}" if key in columns else key: values for key, values in shown.items()}
-        return metrics, columns
+    def objectives(self, samples: Samples) -> Tensor:
+        """The scores of each source times its weight, in their order (B, K); NaN where it says nothing."""
+        return (self.weights_K[:, None] * self.scores(samples)).T
 
 
 def resolve_reward(
@@ -310,7 +387,8 @@ def resolve_reward(
     weights: Sequence[float] | None = None,
 ) -> RewardSource:
     """A source from what the user gave: a function, a verifier's name with its options (``exact``,
-    ``repetition_penalty(ngram_size=4)``), a reward-model folder, or a list of these with a weight for each."""
+    ``repetition_penalty(ngram_size=4)``), a reward-model folder, a judge, an ensemble or another source in the same
+    spelling (``ensemble(runs/rm1, runs/rm2, combine=minimum)``), or a list of these with a weight for each."""
     if isinstance(reward, list | tuple) or weights is not None:
         given = list(reward) if isinstance(reward, list | tuple) else [reward]
         if not given:
@@ -318,11 +396,15 @@ def resolve_reward(
         parts = [resolve_reward(r, tokenizer, device) for r in given]
         return parts[0] if len(parts) == 1 and weights is None else SumReward(parts, weights)
     if isinstance(reward, RewardSource):
-        return reward
+        return reward.bind(tokenizer, device)
     if isinstance(reward, Scorer):
         return ModelReward(reward.to(device))
     if isinstance(reward, str) and (function := verifier(reward)) is not None:
         return FunctionReward(function, tokenizer)
+    if isinstance(reward, str) and (source := named_source(reward)) is not None:
+        return source.bind(tokenizer, device)
+    if names_function(reward):  # inside an ensemble, say
+        return resolve_reward(import_function(reward), tokenizer, device)
     if isinstance(reward, str | Path):
         return _model_reward(str(reward), tokenizer, device)
     if isinstance(reward, nn.Module):  # callable, but not a reward function
@@ -341,8 +423,9 @@ def _model_reward(source: str, tokenizer: PreTrainedTokenizerBase, device: torch
     """The reward model of a folder or a hub id."""
     local, known = Path(source).is_dir(), VERIFIERS.names()
     no_reward = f"reward {source!r} is neither a reward-model folder nor a verifier"
-    if not local and "/" not in source:
-        raise UsageError(f"{no_reward}{suggest(source.partition('(')[0], known)} Verifiers: {', '.join(known)}.")
+    if not local and ("/" not in source or source.endswith(")")):
+        near = suggest(source.partition("(")[0], [*known, *SOURCES.names()])
+        raise UsageError(f"{no_reward}{near} Verifiers: {', '.join(known)}. Others: {', '.join(SOURCES.names())}.")
     try:
         return _open_reward_model(source, tokenizer, device)
     except UsageError as error:
@@ -421,6 +504,11 @@ def _wait(running: Future[tuple[Any, BaseException | None]]) -> Any:
     if error is not None:
         raise error
     return result
+
+
+def finish(result: Any) -> Any:
+    """A result, waited for where an asynchronous function gave it."""
+    return _wait(_submit(result)) if inspect.isawaitable(result) else result
 
 
 # ---------------------------------------------------------------------------------------- words and numbers
