@@ -257,6 +257,10 @@ def generate(
     top_p: TopP = 1.0,
     max_new_tokens: NewTokens = 256,
     seed: Seed = 0,
+    reward: Annotated[
+        str | None, typer.Option(help="what chooses among answers (best_of_n): a folder, a verifier, FILE.py:NAME")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="by the weights alone, however the run answers")] = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -266,8 +270,9 @@ def generate(
 
     loading = {"revision": revision, "trust_remote_code": trust_remote_code}
     generation.generate(
-        model, prompt or [], prompts, columns, out, n, Sampling(temperature, top_p, max_new_tokens), seed, loading
-    )
+        model, prompt or [], prompts, columns, out, n, Sampling(temperature, top_p, max_new_tokens), seed, loading,
+        reward, plain,
+    )  # fmt: skip
 
 
 @app.command()

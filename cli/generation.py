@@ -29,6 +29,8 @@ def generate(
     sampling: Sampling,
     seed: int,
     loading: dict[str, Any],
+    reward: str | None = None,
+    plain: bool = False,
 ) -> None:
     """Answer prompts of the command line, of a data set, or of standard input (one a line)."""
     if out is not None and out.exists():
@@ -44,7 +46,7 @@ def generate(
     if not rows:
         raise UsageError("which prompts? --prompt TEXT, --prompts FILE, or lines on standard input.")
     policy, tokenizer = resolve_policy(model, **loading)
-    samples = sample(policy, tokenizer, rows, n, sampling, seed)
+    samples = sample(policy, tokenizer, rows, n, sampling, seed, reward=reward, plain=plain)
     answers, finish = texts(samples, tokenizer), samples.columns["finish"].tolist()
     if out is not None:
         with out.open("w", encoding="utf-8") as lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefzoo.data.formats import prompt_only
 from prefzoo.data.samples import Samples
 from prefzoo.data.tokens import tokenise
-from prefzoo.models.load import end_ids, load_policy, load_tokenizer
+from prefzoo.models.load import load_policy, load_tokenizer
 from prefzoo.models.roles import Policy
+from prefzoo.parts.product import BestOfN, Draw
 from prefzoo.registry import UsageError
-from prefzoo.rollout import Sampling, rollout_engine
+from prefzoo.rollout import Sampling
 from prefzoo.training import Run, load_run_policy
 
 
@@ -29,8 +31,10 @@ def generate(
     top_p: float = 1.0,
     max_new_tokens: int = 256,
     seed: int = 0,
+    reward: Any = None,
+    plain: bool = False,
 ) -> list[list[str]]:
-    """``n`` answers to each prompt, without special tokens.
+    """``n`` answers to each prompt, without special tokens, made as the run makes them.
 
     Args:
         model: a model or run folder, a hub id, an adapter's folder, a loaded model (with ``tokenizer``), or a
@@ -38,6 +42,9 @@ def generate(
         prompts: strings, or lists of messages for the tokenizer's chat template.
         temperature: 0 takes the likeliest token.
         seed: an answer depends on it, on the model and on its prompt's place in the list.
+        reward: what chooses, where the run's way of answering is to choose (``best_of_n``); by default what it was
+            trained with.
+        plain: sample from the weights alone, although the run answers otherwise (``final/decode.json``).
 
     Raises:
         UsageError: a prompt that leaves no room for ``max_new_tokens`` in the model's positions.
@@ -52,7 +59,8 @@ def generate(
         raise UsageError(f"n={n}: give at least one answer per prompt.")
     policy, words = resolve_policy(model, tokenizer)
     rows = [{"prompt": p} for p in prompts]
-    answers = texts(sample(policy, words, rows, n, Sampling(temperature, top_p, max_new_tokens), seed), words)
+    sampling = Sampling(temperature, top_p, max_new_tokens)
+    answers = texts(sample(policy, words, rows, n, sampling, seed, reward=reward, plain=plain), words)
     return [answers[i * n : (i + 1) * n] for i in range(len(rows))]
 
 
@@ -86,12 +94,25 @@ def sample(
     n: int,
     sampling: Sampling,
     seed: int,
+    *,
+    reward: Any = None,
+    plain: bool = False,
 ) -> Samples:
-    """``n`` answers to each row's prompt; the same seed gives the same uniform numbers whatever the policy."""
+    """``n`` answers to each row's prompt, made as ``policy.product`` says; the same seed gives the same uniform numbers
+    whatever the policy. ``reward`` and ``plain`` as in :func:`generate`."""
+    product = policy.product
+    if reward is not None and (plain or not isinstance(product, BestOfN)):
+        how = "its weights alone" if plain or product is None else type(product).__name__
+        raise UsageError(f"reward: nothing chooses among answers here, the model answers by {how}; leave it out.")
     prompts, report = tokenise([prompt_only(dict(r)) for r in rows], tokenizer, "prompts", max_length=10**6)
     if len(prompts) != len(rows):
         raise UsageError("\n".join(["some prompts cannot be answered:", *report.lines()[1:]]))
-    return rollout_engine(policy, end_ids(tokenizer, policy.model)).generate(prompts, n, sampling, seed)
+    draw = Draw(policy, tokenizer, sampling, seed)
+    if product is None or plain:
+        return draw(prompts, n)
+    if reward is not None:
+        product = replace(product, reward=reward, reward_weights=None)
+    return product.answer(draw, prompts, n)
 
 
 def texts(samples: Samples, tokenizer: PreTrainedTokenizerBase) -> list[str]:

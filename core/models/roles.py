@@ -88,6 +88,9 @@ class Policy(Role):
         adapter: peft's object around it, if it has an adapter.
         fp32_head: compute logits in float32 from hidden states of whatever precision the trunk ran in.
         base: the folder or hub id that the weights under the adapter came from, unchanged.
+
+    ``product`` (:mod:`prefzoo.parts.product`): how answers are made with it, where that is more than its weights; what
+    samples for training does not look at it.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Policy(Role):
         self.model = model
         self.fp32_head = fp32_head
         self.base = base
+        self.product: Any = None
 
     @property
     def packed(self) -> bool:

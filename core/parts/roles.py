@@ -60,6 +60,11 @@ class Roles(Protocol):
         """The completions as text."""
         ...
 
+    @property
+    def bos(self) -> int | None:
+        """The tokenizer's BOS token."""
+        ...
+
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, without special tokens."""
         ...

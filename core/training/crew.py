@@ -141,6 +141,10 @@ class Crew:
         ids = [samples.completions[b].tolist() for b in range(len(samples.completions))]
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
+    @property
+    def bos(self) -> int | None:
+        return self.tokenizer.bos_token_id
+
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 

@@ -32,6 +32,7 @@ from prefzoo.models.load import (
     set_checkpointing,
 )
 from prefzoo.models.roles import Policy, Scorer
+from prefzoo.parts.product import read_product
 from prefzoo.parts.roles import REFERENCE, REWARD, TEACHER
 from prefzoo.processes import Processes
 from prefzoo.registry import RunError, UsageError, suggest
@@ -712,13 +713,16 @@ def train(
 def load_run_policy(
     source: str | Path, *, chat_template: str | None = None, **where: Any
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """The policy of a run folder, its ``final`` folder, any model or adapter folder, or a hub id.
+    """The policy of a run folder, its ``final`` folder, any model or adapter folder, or a hub id, with the way in which
+    the run answers (``policy.product``).
 
     ``where``: ``revision`` and ``trust_remote_code`` of a hub id.
     """
     found = run_model(source)
     tokenizer = load_tokenizer(found, chat_template=chat_template, **where)
-    return load_policy(found, tokenizer=tokenizer, **where), tokenizer
+    policy = load_policy(found, tokenizer=tokenizer, **where)
+    policy.product = read_product(found, where.get("revision"))
+    return policy, tokenizer
 
 
 def _is_less(difference: Difference) -> bool:
