@@ -246,6 +246,25 @@ def data(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="run or folder of a reward model")],
+    pairs: Annotated[list[str], typer.Argument(metavar="PAIRS", help="preference pairs that it was not trained on")],
+    output: Annotated[Path | None, typer.Option(help="new folder for the calibrated model and its figure")] = None,
+    columns: Columns = None,
+    share: Annotated[
+        float, typer.Option(help="of the prompts, to fit on; the others measure what came of it (1: all do both)")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(help="of that choice")] = 0,
+    max_length: Annotated[int, typer.Option(min=1, help="limit of prompt + completion, in tokens")] = 1024,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the temperature of a reward model, so that the probabilities it gives are those that happen."""
+    from prefzoo.cli import calibrate as command
+
+    command.calibrate(model, pairs, output, columns, share, seed, max_length, as_json)
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="run or model folder, adapter, hub id")],
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt; repeatable")] = None,
