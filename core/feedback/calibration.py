@@ -1,4 +1,4 @@
-"""Calibration: one temperature, fitted on pairs, so that a reward model's stated probabilities are those that happen."""
+"""Calibration: one temperature, fitted on pairs, so that what a reward model says is likely happens so often."""
 
 from __future__ import annotations
 
@@ -151,6 +151,7 @@ def calibrate(
 def fit_temperature(difference: np.ndarray, label: np.ndarray | None = None) -> float:
     """The temperature of least NLL; the NLL is convex in 1/T, so that where its slope is 0 is the only one.
 
+    >>> import math
     >>> d = np.array([2.0, 2.0, 2.0, -2.0])  # right three times of four: odds of 3
     >>> round(fit_temperature(d), 4), round(2 / math.log(3), 4)
     (1.8205, 1.8205)
@@ -223,7 +224,7 @@ def draw_reliability(found: Calibration, file: Path, note: Callable[[str], None]
         curve.errorbar(
             x, y, yerr=np.maximum([y - low, high - y], 0), marker="o", markersize=4, capsize=2, linewidth=1.2
         )
-        told = "" if which == "before" else f" (T = {found.temperature:.3g})"
+        told = "" if column == 0 else f" (T = {found.temperature:.3g})"
         curve.set_title(f"{which}{told}: NLL {q.nll:.3f}, ECE {q.ece:.3f}", fontsize=10)
         curve.set_ylim(0, 1.02)
         curve.grid(alpha=0.25)

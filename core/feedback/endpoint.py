@@ -37,7 +37,7 @@ class Failed(Exception):
 class Endpoint:
     """Asks a model for one of two words through ``POST .../v1/chat/completions``, and counts what it costs.
 
-    A verdict is read from the last line of the answer: ``[[A]]``, or the word alone (``A``, ``Verdict: A.``, ``**A**``);
+    A verdict is read from the last line of the answer: ``[[A]]``, or the word alone (``A``, ``Verdict: A.``);
     ``TIE`` counts 1/2. Everything else, also a line that names both, is no verdict: None, counted, never guessed. What
     a question cannot be answered for after all tries is None too; where that befalls a whole batch, the run stops.
 
@@ -69,11 +69,12 @@ class Endpoint:
     ) -> None:  # fmt: skip
         self.url = address(url)
         self.model = model
-        wrong = {"timeout": timeout <= 0, "retries": retries < 0, "backoff": backoff < 0, "concurrency": concurrency < 1,
-                 "max_tokens": max_tokens < 1, "max_calls": max_calls is not None and max_calls < 1}  # fmt: skip
-        for name, bad in wrong.items():
-            if bad:
-                raise UsageError(f"judge, option {name!r}: {locals()[name]!r} is too small.")
+        least = {"timeout": (timeout, 1e-3), "retries": (retries, 0), "backoff": (backoff, 0),
+                 "concurrency": (concurrency, 1), "max_calls": (max_calls, 1),
+                 "max_tokens": (max_tokens, 1)}  # fmt: skip
+        for name, (value, lowest) in least.items():
+            if value is not None and not value >= lowest:
+                raise UsageError(f"judge, option {name!r}: expected at least {lowest}, got {value!r}.")
         request = {"model": model, "temperature": temperature, "max_tokens": 1 if logprobs else max_tokens}
         request |= {"logprobs": True, "top_logprobs": 20} if logprobs else {}
         request = {k: v for k, v in (request | (body or {})).items() if v is not None}
@@ -292,7 +293,7 @@ def read_verdict(text: str, words: tuple[str, str]) -> float | None:
 
     >>> [read_verdict(t, ("A", "B")) for t in ("[[A]]", "B has a fault.\\nVerdict: **A**", "a", "TIE")]
     [1.0, 1.0, 1.0, 0.5]
-    >>> [read_verdict(t, ("A", "B")) for t in ("A or B", "[[A]] [[B]]", "A is not better", "[[A]]\\nI am not sure.", "")]
+    >>> [read_verdict(t, ("A", "B")) for t in ("A or B", "[[A]] [[B]]", "A is not better", "[[A]]\\nor not", "")]
     [None, None, None, None, None]
     """
     line = next((piece for piece in reversed(text.splitlines()) if piece.strip()), "")[-1000:]

@@ -38,7 +38,7 @@ class Ensemble(Several):
 
     Metrics: ``rewards/<member>/mean`` and ``rewards/<member>/std``, and ``rewards/disagreement``, the mean of s.
 
-    Source: Coste et al., arXiv:2310.02743 (mean, worst case, uncertainty-weighted); Eisenstein et al., arXiv:2312.09244.
+    Source: Coste et al., arXiv:2310.02743 (mean, worst case, uncertainty); Eisenstein et al., arXiv:2312.09244.
 
     Example::
 
