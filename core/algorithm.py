@@ -16,6 +16,7 @@ from prefzoo.parts.controllers import AdaptiveKL, Controller
 from prefzoo.parts.count import Count, as_count
 from prefzoo.parts.credit import GroupRelative
 from prefzoo.parts.feedback import Labels, Unjudged
+from prefzoo.parts.offline import ReturnAbove
 from prefzoo.parts.options import SAMPLING, sampled
 from prefzoo.parts.prelude import PRELUDES, Prelude
 from prefzoo.parts.reference import EachRound, Moving, Start
@@ -102,7 +103,7 @@ class Update(Protocol):
 class Product(Protocol):
     """How answers are made with what was trained: :mod:`prefzoo.parts.product`."""
 
-    def to_dict(self) -> dict[str, Any]: ...
+    def of_run(self, **made: Any) -> Any: ...
 
 
 # What a family is made from: the gift of the credit, or of the source where there is none.
@@ -117,6 +118,8 @@ TAKES: dict[type[Record], str] = {
     Likelihood: "completions",
     PolicyGradient: "advantages",
     Values: "advantages",
+    Distribution: "completions",
+    Heads: "scored",
 }
 # The fields beyond log-probabilities and masks that the shared layer can fill in, where a loss declares that it needs
 # them; a family that is not here is not trained yet.
@@ -131,13 +134,15 @@ FILLED: dict[type[Record], frozenset[str]] = {
     RankedScores: frozenset({"weight_P"}),
     Ratings: frozenset({"weight_B"}),
     StepScores: frozenset({"weight_B"}),
-    Likelihood: frozenset({"scores_B", "weight_B"}),
+    Likelihood: frozenset({"scores_B", "advantages_BT", "weight_B"}),
     PolicyGradient: frozenset({"entropy_BT", "entropy_floor", "sampling_logps_BT"}),
     Values: frozenset(),
+    Distribution: frozenset(),
+    Heads: frozenset({"q1_lse_BT", "q2_lse_BT"}),
 }  # fmt: skip
 # Fields that only one kind of samples has; and what else a kind may be used as.
-ONLY = {"scores_B": "scored"}
-ALSO = {"scored": "completions"}
+ONLY = {"scores_B": "scored", "advantages_BT": "advantages"}
+ALSO = {"scored": "completions", "advantages": "completions", "pairs": "unpaired"}
 SCORED_BY_MODEL: tuple[type[Record], ...] = (Scores, RankedScores, Ratings, StepScores)  # what a reward model learns
 CURES = {
     ("advantages", "rollouts"): "give a credit: GroupRelative(), LeaveOneOut() or GAE()",
@@ -185,6 +190,7 @@ class Stage:
     update: Update | None = None
     critic_from: str = POLICY
     pooling: str = "last"
+    polyak: float = 0.005  # of the slow Q of role "heads"
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -225,7 +231,8 @@ class Stage:
         check_filled(term.loss)
         have = "completions" if term.rows == "ptx" else self.gives
         need = takes(term.loss)
-        if need not in (have, ALSO.get(have)):
+        rows = self.source.gives if have == self.gives and isinstance(self.source, DatasetRows) else have
+        if need not in (have, ALSO.get(have), rows):
             cure = CURES.get((need, have), f"choose parts that give {need!r}")
             maker = f"credit {type(self.credit).__name__}" if self.credit else f"source {type(self.source).__name__}"
             raise UsageError(f"loss {term.loss.name!r} takes {need}, but {maker} gives {have}; {cure}.")
@@ -261,11 +268,11 @@ class Stage:
             raise UsageError("a replay takes what a step gives; keep with refill has no effect beside it.")
 
     def _check_rows(self, source: DatasetRows) -> None:
-        credited = self.credit is not None and source.kind != "scored"
+        credited = self.credit is not None and source.kind not in getattr(self.credit, "of_rows", {"scored"})
         if credited or not isinstance(self.feedback, Labels) or self.keep is not None or self.replay is not None:
             raise UsageError(
                 "rows of a data set carry their labels; keep, reward and replay belong to Rollouts(), a credit to "
-                "these or to DatasetRows('scored')."
+                "these or to rows that it knows, such as DatasetRows('scored')."
             )
         if isinstance(self.reference, EachRound):
             raise UsageError("EachRound() belongs to Rollouts(); of rows of a data set give Moving(alpha=1, every=N).")
@@ -392,7 +399,10 @@ def _describe(stage: Stage) -> str:
 
 
 class AlgorithmEntry(Entry):
-    """An entry whose options are those of its function, and those that it shares with its kind (``shared``)."""
+    """An entry whose options are those of its function, and those that it shares with its kind (``shared``).
+
+    ``around``: a loss whose modifiers apply; their options are shared too.
+    """
 
     @functools.cached_property
     def own_options(self) -> dict[str, Any]:
@@ -401,11 +411,17 @@ class AlgorithmEntry(Entry):
 
     @property
     def shared(self) -> dict[str, Any]:
-        return dict(self.tags.get("shared", {}))
+        return {**self.tags.get("shared", {}), **{k: v for m in self._modifiers for k, v in m.options.items()}}
 
     @property
     def hints(self) -> dict[str, Any]:
-        return {**{k: type(v) for k, v in self.shared.items()}, **super().hints}
+        theirs = {k: hint for m in self._modifiers for k, hint in m.hints.items() if k in m.options}
+        return {**{k: type(v) for k, v in self.shared.items()}, **theirs, **super().hints}
+
+    @property
+    def _modifiers(self) -> list[Entry]:
+        around = self.tags.get("around")
+        return [] if around is None else cast(LossEntry, LOSSES.entry(around)).modifiers
 
 
 ALGORITHMS = Registry("algorithm", provider=("prefzoo.algos", "prefzoo.spellings"), entry=AlgorithmEntry)
@@ -449,21 +465,24 @@ class SampledLoss(LossEntry, AlgorithmEntry):
 
 def _of_loss(loss: Loss, sampling: Mapping[str, Any]) -> Algorithm:
     """A registered loss is at once an algorithm of the same name, through its family's default composition."""
-    if loss.family is Values:
+    if loss.family in (Values, Heads):
+        what, where = ("a critic", "ppo") if loss.family is Values else ("heads", "ilql")
         raise UsageError(
-            f"loss {loss.name!r} trains a critic; it is a term of an algorithm (see ppo), not one of its own."
+            f"loss {loss.name!r} trains {what}; it is a term of an algorithm (see {where}), not one of its own."
         )
     check_filled(loss)
     prelude = next((PRELUDES[e]() for e in loss.extras if e in PRELUDES), None)
     if loss.family is PolicyGradient:
         return Algorithm(**sampled(sampling), credit=GroupRelative(), loss=loss, prelude=prelude)
+    if takes(loss) == "advantages":
+        return Algorithm(source=DatasetRows("scored"), credit=ReturnAbove(), loss=loss)
     return Algorithm(source=DatasetRows(cast(Kind, takes(loss))), loss=loss, prelude=prelude)
 
 
 def is_algorithm(entry: LossEntry) -> bool:
     """Whether a loss is an algorithm of its own, and not only a term, or a function of records that nobody makes."""
     loss = Loss(entry)
-    return loss.family is not Values and untrained(loss) is None
+    return loss.family not in (Values, Heads) and untrained(loss) is None
 
 
 def algorithm_entry(name: str) -> Entry:

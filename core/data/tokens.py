@@ -52,7 +52,7 @@ SIDES: dict[Kind, list[str]] = {
 NUMBERS: dict[Kind, tuple[str, ...]] = {  # the user's columns that losses read
     "prompts": (),
     "completions": ("weight",),
-    "unpaired": ("weight",),
+    "unpaired": ("weight", "score"),
     "pairs": ("margin", "probability", "weight", "score_chosen", "score_rejected"),
     "rankings": ("weight",),
     "scored": ("weight", "score"),

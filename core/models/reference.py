@@ -39,6 +39,13 @@ def clone(policy: Policy) -> Policy:
     return copy.deepcopy(policy).requires_grad_(False).eval()
 
 
+def follower(policy: Policy) -> Policy:
+    """A frozen copy that is to be moved after the policy; what lies under an adapter is not copied but shared."""
+    under = () if policy.adapter is None else policy.named_parameters()
+    shared = {id(p): p for name, p in under if not is_adapter(name)}
+    return copy.deepcopy(policy, shared).requires_grad_(False).eval()  # type: ignore[arg-type]
+
+
 class AdapterOff(Policy):
     """What a policy was before its adapter: the same weights, so it has no state, mode or gradients of its own."""
 

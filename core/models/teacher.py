@@ -32,6 +32,6 @@ def check_vocabulary(policy: Policy, teacher: Policy, tokenizer: PreTrainedToken
     if min(sizes) < len(tokenizer):
         raise UsageError(
             f"teacher: its vocabulary has {sizes[1]} entries, the tokenizer {len(tokenizer)}; distributions over "
-            "different vocabularies cannot be compared. Give a teacher with the policy's tokenizer, or let it write "
-            "the answers: seqkd learns from its text."
+            "different vocabularies cannot be compared. Give a teacher with the policy's tokenizer; or let it write a "
+            "file of answers (prefzoo generate) and learn from their text with sft."
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from prefzoo.data.samples import Samples
+from prefzoo.data.samples import Samples, labels_of
 from prefzoo.losses.advantages import group_relative
+from prefzoo.losses.unpaired import class_weights
 from prefzoo.parts.roles import CRITIC
 from prefzoo.registry import UsageError
 
@@ -36,6 +37,8 @@ class ReturnAbove:
 
     gives = "advantages"
     smallest_group = 1
+    of_rows = frozenset({"scored", "unpaired"})  # of a data set
+    reads = frozenset({"score"})
 
     def __post_init__(self) -> None:
         if self.baseline not in ("prompt", "data", "critic"):
@@ -66,8 +69,30 @@ class ReturnAbove:
         return samples.with_tokens(advantages=advantages_C)
 
 
+@dataclass(frozen=True)
+class ClassBalance:
+    """Weights of labelled rows that turn a mean over rows into the sum of the two classes' means: n / n of its class.
+
+    Counted over all the data, not over a batch. The weights that rows have already are kept as factors.
+
+    Source: Jung et al. (BCO), arXiv:2404.04656, whose loss is a sum of two expectations.
+    """
+
+    gives = "unpaired"
+    needs: frozenset[str] = frozenset()
+    smallest_group = 1
+    of_rows = frozenset({"unpaired"})
+
+    def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
+        weight_B = class_weights(labels_of(samples))
+        own_B = samples.columns.get("weight")
+        return replace(
+            samples, columns={**samples.columns, "weight": weight_B if own_B is None else weight_B * own_B}
+        )  # fmt: skip
+
+
 def _trainable(samples: Samples) -> Tensor:
     return samples.tokens.get("trainable", torch.ones(len(samples.completions.flat), dtype=torch.bool))
 
 
-__all__ = ["Baseline", "ReturnAbove"]
+__all__ = ["Baseline", "ClassBalance", "ReturnAbove"]

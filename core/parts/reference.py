@@ -36,7 +36,8 @@ class Moving:
     def follow(self, reference: nn.Module, policy: nn.Module) -> None:
         """Move the reference, in place."""
         for mine, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
-            mine.lerp_(theirs.to(mine.dtype), self.alpha)
+            if mine is not theirs:  # what lies under an adapter is one for both
+                mine.lerp_(theirs.to(mine.dtype), self.alpha)
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ class Collector(Crew):
         if len(samples) and stage.condition is not None:
             samples = stage.condition.marked(samples, self)
         for controller in stage.controllers.values():  # after the credit: this batch moves the next one's value
-            measured, n = self.measured[controller.follows]
-            controller.update(measured, n)
+            if controller.follows in self.measured:  # others follow a prelude
+                controller.update(*self.measured[controller.follows])
         return samples
 
     def _scored_samples(

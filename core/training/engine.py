@@ -21,6 +21,7 @@ from prefzoo.feedback import RewardSource
 from prefzoo.models.load import end_ids
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.roles import Scores as ModelScores
+from prefzoo.models.teacher import with_teacher
 from prefzoo.models.tree import TreeBatch, micro_batches, shares
 from prefzoo.parts.reference import EachRound, Moving
 from prefzoo.parts.roles import HEADS, POLICY, REFERENCE, REWARD, critic_of_role, of_critic
@@ -35,7 +36,7 @@ from prefzoo.training.config import TrainConfig
 from prefzoo.training.determinism import rng_state, set_rng_state
 from prefzoo.training.guards import Monitor, Watchdog, gradient_norms, not_finite, words, write_post_mortem
 from prefzoo.training.metrics import Meter, RunLog
-from prefzoo.training.records import build_record, cells, wanted
+from prefzoo.training.records import build_record, cells, rows_of, wanted
 from prefzoo.training.stopping import Stopping
 
 
@@ -122,7 +123,8 @@ class Engine(Collector):
         if 0 < config.warmup_steps < 1:  # a share of the run's optimizer steps
             share = math.ceil(config.warmup_steps * self.optimizer_steps)
             self.config = config.model_copy(update={"warmup_steps": share})
-        self.temperature = stage.source.temperature if isinstance(stage.source, Rollouts) else 1.0
+        own = isinstance(stage.source, Rollouts) and stage.source.by != "teacher" and stage.source.temperature > 0
+        self.temperature = stage.source.temperature if isinstance(stage.source, Rollouts) and own else 1.0
         modules: dict[str, Any] = {POLICY: policy, REWARD: scorer, HEADS: heads, **self.critics}
         self.trained = {role: self._trained(role, modules[role]) for role in stage.trains}
         self.rollouts = rollout_engine(policy, end_ids(tokenizer, policy.model)) if stage.on_policy else None
@@ -144,6 +146,7 @@ class Engine(Collector):
         condition = stage.condition  # of rows of a data set it is known beforehand
         if condition is not None and not stage.on_policy:
             self.data = condition.of_rows(data, self)
+        self.data = self._credited(self.data)
         self.agree(None)
         self.mark()
 
@@ -254,9 +257,13 @@ class Engine(Collector):
     def _moved(self) -> dict[str, Tensor]:
         """All weights that a step may move, themselves."""
         moved = {f"{role}/{name}": p.detach() for role, t in self.trained.items() for name, p in t.parameters.items()}
+        for role, trained in self.trained.items():
+            moved |= {f"{role}/{name}": value for name, value in trained.module.slow().items()}
         if self.moving is not None:
             assert self.reference is not None
-            moved |= {f"{REFERENCE}/{name}": p.detach() for name, p in self.reference.named_parameters()}
+            own = {id(p) for p in self.policy.parameters()}  # what it shares with the policy does not move
+            theirs = ((n, p) for n, p in self.reference.named_parameters() if id(p) not in own)
+            moved |= {f"{REFERENCE}/{name}": p.detach() for name, p in theirs}
         return moved
 
     # ------------------------------------------------------------------------------------ the loop
@@ -319,12 +326,20 @@ class Engine(Collector):
         """Rows of a data set with what changes while the run goes on: a moving reference's words, and a credit."""
         if self.moving is not None:  # its log-probabilities are not those of the start
             batch = batch.with_tokens(ref_logps=self.reference_logps(batch))
-        credit = self.stage.credit
-        if credit is None:
+        if not self.stage.critics:
             return batch
         for name in self._critic_names():
             batch = batch.with_tokens(**{of_critic("values", name): self.values(batch, name)})
-        return credit(replace(batch, kind="completions"), batch.columns["score"])
+        return self._credited(batch, of_all=False)
+
+    def _credited(self, rows: Samples, of_all: bool = True) -> Samples:
+        """Rows of a data set with the credit of their scores: of all rows at once, or batch by batch where a critic
+        that learns is asked."""
+        credit = self.stage.credit
+        if self.stage.on_policy or credit is None or of_all == bool(self.stage.critics):
+            return rows
+        unknown = torch.full((len(rows.completions),), torch.nan)
+        return credit(rows, rows.columns.get("score", unknown))
 
     def _rollout_step(self, step: int, total: int) -> None:
         schedule = self.stage.schedule
@@ -365,6 +380,7 @@ class Engine(Collector):
         training, self.now = self.now, Meter()
         if self.stage.condition is not None and not self.stage.on_policy:
             held_out = self.stage.condition.of_rows(held_out, self)
+        held_out = self._credited(held_out)
         self.watchdog.doing(f"evaluation after step {self.step}")
         modules = [t.module for t in self.trained.values()]
         for module in modules:
@@ -450,6 +466,9 @@ class Engine(Collector):
                 for term, value in losses.items():
                     self.now.add(term, value)
                 self._step(progress, number, norms)
+                for controller in self.stage.controllers.values():
+                    if controller.follows in shared:
+                        controller.update(float(shared[controller.follows]), len(main))
             else:
                 went_back = self._not_finite(reasons, self._post_mortem(reasons, losses, norms, batches, shared))
             self.place, self.buffer = self.place + 1, None if went_back else self.buffer
@@ -528,15 +547,21 @@ class Engine(Collector):
         if role == POLICY:
             want = wanted(t.loss for t in terms)
             other = self.reference if "kl" in want else None
-            return module(tree, temperature=self.temperature, want=want, other=other)
+            scores: ModelScores = module(tree, temperature=self.temperature, want=want, other=other)
+            if "logits" not in want:
+                return scores
+            assert self.teacher is not None
+            return with_teacher(scores, self.teacher, tree)
+        if role == HEADS:
+            return module(tree, lse=any("q1_lse_BT" in t.loss.extras for t in terms))
         return module(
             tree, values=critic_of_role(role) is not None, steps=any(t.loss.family is StepScores for t in terms)
         )
 
     def _size(self, term: Term, rows: Samples) -> float:
         """The term's count over the whole optimizer batch, known from masks before any forward."""
-        weights = rows.row_columns.get("weight", rows.columns.get("weight"))
-        return term.counted.size(len(rows), cells(term.loss, rows), weights)
+        count, weights = rows_of(term.loss, rows)
+        return term.counted.size(count, cells(term.loss, rows), weights)
 
     def _step(self, progress: float, number: int, norms: Mapping[str, Tensor]) -> None:
         factor = learning_rate_factor(progress, number, self.config)
@@ -547,8 +572,9 @@ class Engine(Collector):
             if self.config.max_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(trained.parameters.values(), self.config.max_grad_norm, norms[role])
             trained.optimizer.step()
-            critic = critic_of_role(role) is not None
-            self.now.add(f"grad_norm/{role}" if critic else "grad_norm", float(norms[role]))
+            trained.module.follow()
+            beside = critic_of_role(role) is not None or role == HEADS
+            self.now.add(f"grad_norm/{role}" if beside else "grad_norm", float(norms[role]))
         first = next(iter(self.trained.values()))
         self.now.add("learning_rate", first.peak * factor)
         self.spent.optimizer_steps += 1
@@ -636,7 +662,7 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def loss_name(role: str) -> str:
-    return f"loss/{role}" if critic_of_role(role) is not None else "loss"
+    return f"loss/{role}" if critic_of_role(role) is not None or role == HEADS else "loss"
 
 
 def learning_rate_factor(progress: float, step: int, config: TrainConfig) -> float:

@@ -21,6 +21,7 @@ from prefzoo.feedback.rewards import ModelReward
 from prefzoo.losses.base import LossEntry
 from prefzoo.models.adapters import Adapter
 from prefzoo.models.folders import run_model
+from prefzoo.models.heads import new_heads
 from prefzoo.models.load import (
     Size,
     clone,
@@ -33,12 +34,13 @@ from prefzoo.models.load import (
     prepare_tokenizer,
     tiny_model,
 )  # fmt: skip
-from prefzoo.models.reference import cached_logps, reference_of, weights_hash
+from prefzoo.models.reference import cached_logps, follower, reference_of, weights_hash
 from prefzoo.models.roles import Policy, Scorer
+from prefzoo.models.teacher import check_vocabulary
 from prefzoo.models.tokenizer import open_tokenizer, same_tokens
 from prefzoo.parts.feedback import Verifier
 from prefzoo.parts.reference import Moving
-from prefzoo.parts.roles import REFERENCE, REWARD, TEACHER
+from prefzoo.parts.roles import HEADS, REFERENCE, REWARD, TEACHER
 from prefzoo.parts.source import Rollouts
 from prefzoo.processes import Processes
 from prefzoo.registry import UsageError, suggest
@@ -291,6 +293,12 @@ def reward_source(
 
 def check_columns(stage: Stage, samples: Samples, source: str) -> None:
     """Refuse data without the columns of numbers that the losses of its rows need."""
+    for column in getattr(stage.credit, "reads", ()) if not stage.on_policy else ():
+        if column not in samples.columns:
+            raise UsageError(
+                f"credit {type(stage.credit).__name__} reads a number in the column {column!r} of every row, and "
+                f"{source} has none; add it, or name the column that holds it (columns={{{column!r}: ...}})."
+            )
     for loss in (t.loss for t in stage.terms if t.rows == "main" and not stage.on_policy):
         for column in loss.columns:
             ours = "score" if column == "scores" else column
@@ -369,15 +377,19 @@ def make_engine(
             "the weights between two adapters (lora) are not those between their factors: a moving reference needs "
             "alpha=1, a hard copy, there; or train all weights."
         )
-    if TEACHER in stage.needs and teacher is None:
-        raise UsageError("this algorithm needs a teacher: give teacher=, a model with the policy's tokenizer.")
+    if TEACHER in stage.needs:
+        if teacher is None:
+            raise UsageError("this algorithm needs a teacher: give teacher=, a model with the policy's tokenizer.")
+        check_vocabulary(policy, teacher, tokenizer)
     reference = None
     if REFERENCE in stage.needs:
         live = stage.on_policy or stage.prelude is not None or "kl" in wanted(t.loss for t in stage.terms)
         written = REFERENCE in stage.source.needs  # what samples is a model of its own
         reference = (
-            clone(policy) if moving or (written and anchor is None) else anchor or reference_of(policy, live=live)
-        )
+            follower(policy) if moving
+            else clone(policy) if written and anchor is None
+            else anchor or reference_of(policy, live=live)
+        )  # fmt: skip
         if not stage.on_policy and not moving:
             # Offline rows never change, so neither do their reference log-probabilities: once, before any step.
             known = [samples] if held is None else [samples, held]
@@ -397,13 +409,17 @@ def make_engine(
             critics[role] = critic_of(reward.scorer, adapter_of(settings)).to(device)
         else:
             raise UsageError("critic_from='reward' needs a reward model with the policy's tokenizer as the reward.")
+    heads = None
+    if HEADS in stage.trains:
+        heads = new_heads(policy, polyak=stage.polyak, seed=settings.seed).to(device)
     if processes.size > 1:
-        models = [weights_hash(m) for m in (policy, scorer, *critics.values(), reference, teacher) if m is not None]
+        roles = (policy, scorer, *critics.values(), reference, teacher, heads)
+        models = [weights_hash(m) for m in roles if m is not None]
         if len({tuple(m) for m in processes.gather(models)}) > 1:
             raise UsageError("the processes have loaded different weights: give all the same model and configuration.")
     engine = Engine(
         stage, settings, tokenizer=tokenizer, policy=policy, data=samples, ptx=demonstrations, reward=reward,
-        reference=reference, teacher=teacher, scorer=scorer, critics=critics, log=log, processes=processes,
-        stopping=stopping, watchdog=watchdog,
+        reference=reference, teacher=teacher, scorer=scorer, critics=critics, heads=heads, log=log,
+        processes=processes, stopping=stopping, watchdog=watchdog,
     )  # fmt: skip
     return engine, held
