@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from prefzoo.models.load import (
     set_checkpointing,
 )
 from prefzoo.models.roles import Policy, Scorer
-from prefzoo.parts.product import read_product
+from prefzoo.parts.product import read_product, write_product
 from prefzoo.parts.roles import REFERENCE, REWARD, TEACHER
 from prefzoo.processes import Processes
 from prefzoo.registry import RunError, UsageError, suggest
@@ -50,7 +49,6 @@ Callback = Callable[[int, Policy, dict[str, float]], Any]
 
 # Checkpoints that nobody asked for: the first after a minute, then so that they cost this share of the time.
 FIRST_SAVE, SHARE, LONGEST = 60.0, 0.01, 1800.0
-DECODE = "decode.json"  # in a model's folder: how answers are made with it, where not by sampling alone
 LONGER = ("config.max_steps", "config.epochs", "config.patience")  # what makes more of a run that is finished
 
 
@@ -149,6 +147,9 @@ class Steps:
         self.policy, self.tokenizer = setup.start_model(model, tokenizer, self.data, settings, self.log.note)
         self.policy.to(self.device)
         self.source = setup.reward_source(chosen, reward, reward_weights, self.tokenizer, self.device, self.log.note)
+        self.product = None if chosen.product is None else chosen.product.of_run(
+            reward=reward, reward_weights=reward_weights, source=self.source
+        )  # fmt: skip
         self.anchor = None
         if reference is not None and REFERENCE not in chosen.needs:
             self.log.note(f"note: {chosen.name} needs no reference; reference= is ignored.")
@@ -336,6 +337,7 @@ class Steps:
             adapter = setup.adapter_of(self.settings) if (where / "adapter_config.json").exists() else None
             dtype = next(self.policy.parameters()).dtype
             policy = load_policy(where, tokenizer=self.tokenizer, adapter=adapter, dtype=dtype).to(self.device)
+            policy.product = self.product
         self._tidy_up()
         self._done = Spent(**record["spent"])
         ended, total = record.get("ended", (0, 0))
@@ -587,6 +589,7 @@ class Steps:
     def _finish(self) -> Run:
         chosen = self.algorithm
         reward = chosen.trains_reward
+        self.policy.product = self.product
         run = Run(
             chosen.name, None if reward else self.policy, self.scorer if reward else None, self.tokenizer,
             self.spent, self.log.history, self.folder, self.best,
@@ -624,9 +627,8 @@ class Steps:
                 save_scorer(self.scorer, self.tokenizer, folder, note=self.log.note)
             else:
                 save_policy(self.policy, self.tokenizer, folder, merge=merge)
-            if self.algorithm.product is not None:
-                how = {**self.algorithm.product.to_dict(), "reward": self.facts["reward"]}
-                (folder / DECODE).write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
+            if self.product is not None:
+                write_product(self.product, folder)
         finally:
             set_rng_state(*random)
 
