@@ -197,6 +197,10 @@ def test_a_moving_baseline_knows_the_past_only() -> None:
     assert twin.value == moving.value == pytest.approx(0.9 * float(SCORES.mean()) + 1.1)
     twin.update(1.0, 6)
     assert twin.value != 1.0, "the state tells that there has been a first"
+    alike = MovingMean()
+    for mean in (1.0, 2.0, 6.0):
+        alike.update(mean, 6)
+    assert alike.value == pytest.approx(3.0)
 
 
 # -- critics ----------------------------------------------------------------------------------------------------------

@@ -18,12 +18,14 @@ from prefzoo.registry import UsageError
 
 
 class MovingMean:
-    """The mean reward of the steps before, older ones weighing less; 0 before the first.
+    """The mean reward of the steps before; 0 before the first.
 
         value ← decay value + (1 - decay) mean reward of the step
 
+    ``decay``: weight of the past; None: all steps alike, steps / (steps + 1). The first is taken as it is.
+
     >>> baseline = MovingMean(decay=0.9)
-    >>> baseline.update(2.0, 32)  # the first is taken as it is
+    >>> baseline.update(2.0, 32)
     >>> baseline.update(3.0, 32)
     >>> round(baseline.value, 6)
     2.1
@@ -31,15 +33,15 @@ class MovingMean:
 
     follows = "reward"
 
-    def __init__(self, decay: float = 0.95) -> None:
-        if not 0 <= decay < 1:
+    def __init__(self, decay: float | None = None) -> None:
+        if decay is not None and not 0 <= decay < 1:
             raise UsageError(f"MovingMean: decay is a share from 0 up to 1, got {decay:g}.")
         self.value, self.decay, self.steps = 0.0, decay, 0
 
     def update(self, mean: float, n: int) -> None:
         """Add the mean reward of a step."""
-        decay = self.decay if self.steps else 0.0
-        self.value, self.steps = decay * self.value + (1 - decay) * mean, self.steps + 1
+        past = self.steps / (self.steps + 1) if self.decay is None or not self.steps else self.decay
+        self.value, self.steps = past * self.value + (1 - past) * mean, self.steps + 1
 
     def state_dict(self) -> dict[str, float]:
         return {"value": self.value, "steps": float(self.steps)}

@@ -35,6 +35,7 @@ DOC: dict[str, str] = {
     "max_new_tokens": "tokens after which a completion is cut.",
     "missing_eos_penalty": "subtracted from the reward of completions cut at the limit.",
     "mask_truncated": "no gradient from completions cut at the limit; they count as rows and in the baseline.",
+    "kl": "weight of the KL to the reference (k3, in the loss, counted as it is); 0: no reference is loaded.",
     "samples_per_prompt": "completions sampled per prompt.",
     "prompts_per_round": "prompts sampled from before each round of training; max_steps is the number of rounds.",
     "epochs_per_round": "passes over the rows of a round.",
