@@ -22,6 +22,10 @@ from prefzoo.models.tree import TreeBatch
 from prefzoo.registry import UsageError
 
 HEADS_FILE = "prefzoo_heads"
+APART = (
+    "the heads are written to heads/ in prefzoo's own format. transformers loads the policy beside them, whose answers do "
+    "not know the heads: decoding by advantages needs prefzoo.generate or 'prefzoo generate'."
+)
 FAST, SLOW = ("q1", "q2"), ("slow_q1", "slow_q2")
 
 
@@ -155,7 +159,7 @@ def new_heads(policy: Policy, *, polyak: float = 0.005, seed: int = 0) -> QHeads
 
 
 @no_bars()
-def save_heads(heads: QHeads, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, note: Note = silent) -> Path:
+def save_heads(heads: QHeads, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
     """The trunk as a causal model's folder with the heads beside it (``prefzoo_heads.safetensors``), for
     :func:`load_heads` alone."""
     folder = Path(folder)
@@ -168,10 +172,6 @@ def save_heads(heads: QHeads, tokenizer: PreTrainedTokenizerBase, folder: str | 
     tokenizer.save_pretrained(str(folder))
     save_file({k: v.contiguous() for k, v in heads.head.state_dict().items()}, folder / f"{HEADS_FILE}.safetensors")
     (folder / f"{HEADS_FILE}.json").write_text(json.dumps({"polyak": heads.polyak}))
-    note(
-        f"the heads are written to {folder.name}/ in prefzoo's own format. transformers loads the model beside them, "
-        "whose answers do not know the heads: decoding by advantages needs prefzoo.generate or 'prefzoo generate'."
-    )
     return folder
 
 

@@ -88,6 +88,9 @@ class RunningMean:
         self.value = 0.0
         self.rows = 0
 
+    def __repr__(self) -> str:
+        return f"RunningMean({self.follows!r})"
+
     def with_batch(self, value: float, rows: int) -> float:
         """What the mean would be with so many rows more, whose own is ``value``."""
         return self.value + (value - self.value) * rows / max(self.rows + rows, 1)

@@ -21,6 +21,7 @@ from prefzoo.feedback import ModelReward
 from prefzoo.files import replacing_folder
 from prefzoo.locks import locked
 from prefzoo.models.folders import run_model
+from prefzoo.models.heads import APART, save_heads
 from prefzoo.models.load import (
     load_policy,
     load_scorer,
@@ -32,7 +33,7 @@ from prefzoo.models.load import (
 )
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.parts.product import read_product, write_product
-from prefzoo.parts.roles import REFERENCE, REWARD, TEACHER
+from prefzoo.parts.roles import HEADS, REFERENCE, REWARD, TEACHER
 from prefzoo.processes import Processes
 from prefzoo.registry import RunError, UsageError, suggest
 from prefzoo.training import checkpoint, output, setup
@@ -338,6 +339,8 @@ class Steps:
             dtype = next(self.policy.parameters()).dtype
             policy = load_policy(where, tokenizer=self.tokenizer, adapter=adapter, dtype=dtype).to(self.device)
             policy.product = self.product
+            if self.product is not None and HEADS in self.product.needs:
+                policy.product = read_product(where)
         self._tidy_up()
         self._done = Spent(**record["spent"])
         ended, total = record.get("ended", (0, 0))
@@ -375,6 +378,8 @@ class Steps:
         )  # fmt: skip
         engine.whole = False  # until the first mark below
         self.engine, self.scorer = engine, engine.scorer
+        if engine.heads is not None and self.product is not None:
+            self.product = self.product.of_run(heads=engine.heads)
         engine.roll_back = self._roll_back
         self.best, self._waited = None, 0  # stages differ in what they measure
         if settings.gradient_checkpointing:
@@ -604,6 +609,8 @@ class Steps:
         with checkpoint.told(f"the result could not be written to {str(self.folder)!r}", self.folder):
             output.write_card(record, self.log.history, self._save("final"))
             output.draw_curves(self.log.history, self.folder / "curves.png", chosen.name, self.log.note)
+        if self.engine is not None and self.engine.heads is not None:
+            self.log.note(APART)
         write_record(record, self.folder)
         self._tidy_up()
         if self.push_to_hub is not None:
@@ -627,6 +634,8 @@ class Steps:
                 save_scorer(self.scorer, self.tokenizer, folder, note=self.log.note)
             else:
                 save_policy(self.policy, self.tokenizer, folder, merge=merge)
+            if self.engine is not None and self.engine.heads is not None:
+                save_heads(self.engine.heads, self.tokenizer, folder / HEADS)
             if self.product is not None:
                 write_product(self.product, folder)
         finally:
