@@ -204,7 +204,18 @@ def test_what_is_no_spike_is_not_told(values):
 
 def test_gradients_that_come_and_go_are_no_spikes():
     """Groups of equal rewards have none."""
-    assert watched([{"grad_norm": 0.0 if step % 5 else calm(step)} for step in range(300)]) == []
+    said = watched([{"grad_norm": 0.0 if step % 5 else calm(step)} for step in range(300)])
+    assert said and not any("spike" in line or "far above" in line for line in said)
+
+
+def test_a_step_without_gradient_is_told_with_its_reason():
+    (line,) = watched([{"grad_norm": 1.0}, {"grad_norm": 0.0, "frac_reward_zero_std": 1.0}])
+    assert line.startswith("step 2: there is no gradient. All samples of each prompt have the same reward")
+    (line,) = watched([{"skipped_steps": 1.0, "prompts/tied": 1.0}])
+    assert "nothing is left to train on, no step is taken. All samples of each prompt have equal scores." in line
+    (line,) = watched([{"grad_norm": 0.0}])
+    assert "do not depend on the weights" in line
+    assert watched([{"grad_norm": 1e-30}]) == []
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -233,8 +244,9 @@ def test_ratios_of_fresh_samples_and_of_stale_ones_are_told_apart():
 
 def test_rewards_that_say_nothing_are_told():
     equal, unequal = {"frac_reward_zero_std": 1.0, "grad_norm": 0.0}, {"frac_reward_zero_std": 0.9, "grad_norm": 1.0}
-    assert watched([equal] * 4 + [unequal] + [equal] * 4) == []
-    (line,) = watched([unequal] * 3 + [equal] * 6)
+    (line,) = watched([equal] * 4 + [unequal] + [equal] * 4)
+    assert line.startswith("step 1: there is no gradient. All samples of each prompt")
+    (_, line) = watched([unequal] * 3 + [equal] * 6)
     assert "for 5 steps" in line and "no gradient exists" in line
     (line,) = watched([equal | {"grad_norm": 1.0}] * 5)  # a KL term goes on
     assert "no gradient exists" not in line and "same reward" in line

@@ -275,6 +275,26 @@ class Monitor:
                 f"for {self._equal} steps all samples of a prompt got the same reward: {none}. The prompts are too "
                 "easy or too hard, the samples too alike (temperature), or the reward does not look at the answer.",
             )  # fmt: skip
+            return
+        if values.get("skipped_steps"):
+            self._say("steps without rows", step, f"nothing is left to train on, no step is taken. {_why(values)}")
+        elif values.get("grad_norm") == 0:
+            self._say("steps without gradient", step, f"there is no gradient. {_why(values)}")
+
+
+# What may leave a batch without gradient, by its metric where that is 1, in the order in which it is told.
+REASONS = {
+    "prompts/tied": "all samples of each prompt have equal scores",
+    "frac_reward_zero_std": "all samples of each prompt have the same reward",
+    "prompts/unused": "no prompt gave a row",
+    "completions/clipped_ratio": "every completion was cut at the limit (max_new_tokens)",
+}
+
+
+def _why(values: Mapping[str, float]) -> str:
+    """Why a batch has no gradient, as far as its metrics say."""
+    reason = next((words for name, words in REASONS.items() if values.get(name) == 1), None)
+    return "Its losses do not depend on the weights there." if reason is None else f"{reason[0].upper()}{reason[1:]}."
 
 
 # ------------------------------------------------------------------------------------- a step that is not finite
