@@ -43,6 +43,40 @@ def ranked(task: Result) -> list[tuple[str, Result]]:
     return sorted(task["methods"].items(), key=order)
 
 
+GROUPS = {
+    "composition": "Compositions",
+    "loss": "Losses, each in the default composition of its family",
+    "baseline": "Baselines",
+}
+
+
+def groups(results: Result, task: Result) -> list[tuple[str, list[tuple[int, str, Result]]]]:
+    """Titles and rows (place, name, numbers) of the tables: one without a title, or of a large suite one per group."""
+    rows = [(place, name, method) for place, (name, method) in enumerate(ranked(task), 1)]
+    if not large(results):
+        return [("", rows)]
+    made = [(title, [r for r in rows if r[2]["group"] == group]) for group, title in GROUPS.items()]
+    return [(title, members) for title, members in made if members]
+
+
+def large(results: Result) -> bool:
+    """Whether its methods are too many for a table of all their pairs."""
+    return bool(results.get("verdicts", "all") != "all")
+
+
+def verdicts(task: Result) -> dict[str, str]:
+    """Of a large suite: what is said of each method against the baseline, by Holm over all methods."""
+    return {p["a"]: p["verdict"] for p in task["pairs"]}
+
+
+def counts(task: Result) -> str:
+    """How many methods there were, and what became of them; nobody is dropped."""
+    trained = sum(m["group"] != "baseline" for m in task["methods"].values())
+    failed = {cell.split("/")[1] for cell in task["failed"] if cell.count("/") == 2} - {"start", "sft_more"}
+    none = len(task["not_applicable"])
+    return f"{trained + len(failed) + none} methods: {trained} trained, {len(failed)} failed, {none} not applicable"
+
+
 def markdown(results: Result) -> str:
     """The report as Markdown."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -55,7 +89,8 @@ def markdown(results: Result) -> str:
     )
     template = environment.get_template("report.md.j2")
     return template.render(
-        r=results, rows=ranked, win=win_text, mean=mean_text, points=points_text, interval=interval_text,
+        r=results, groups=groups, large=large(results), verdicts=verdicts, counts=counts, rows=ranked, win=win_text,
+        mean=mean_text, points=points_text, interval=interval_text,
         signed=signed_text, pct=lambda x: f"{100 * x:.1f} %",
     )  # fmt: skip
 
@@ -126,10 +161,13 @@ def terminal(results: Result, width: int = 120) -> str:
             "seconds",
             "GiB",
         ]
+        if large(results):
+            columns.insert(0, "")
         for column in columns:
             table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-        for method_name, method in ranked(task):
+        for place, (method_name, method) in enumerate(ranked(task), 1):
             table.add_row(
+                *([str(place)] if large(results) else []),
                 method_name, _plain_win(method, "start"), _plain_win(method, "sft_more"),
                 mean_text(method, task["metric"]),
                 *(mean_text(method, c, bare=True) for c in ("proxy", "kl", "tokens")),
@@ -153,6 +191,8 @@ def terminal(results: Result, width: int = 120) -> str:
                 f"  {method_name}: {task['metric']} peaks at step {curve['peak_step']}, then "
                 f"{signed_text(curve['end_minus_peak'])}{proxy}", highlight=False,
             )  # fmt: skip
+        if large(results):
+            console.print(f"  {counts(task)}", highlight=False)
         for method_name, reason in task["not_applicable"].items():
             console.print(f"  {method_name}: not applicable, {reason}", highlight=False)
         for cell, reason in task["failed"].items():
@@ -179,7 +219,7 @@ def draw(results: Result, path: Path) -> None:
     if not tasks:
         return
     wide = 3 if any(t["curves"] for _, t in tasks) else 2
-    heights = [max(2.6, 0.36 * len(t["methods"]) + 1.2) for _, t in tasks]
+    heights = [max(2.6, (0.17 if _dense(t) else 0.36) * len(t["methods"]) + 1.2) for _, t in tasks]
     figure, axes = plt.subplots(
         len(tasks), wide, figsize=(4.6 * wide, sum(heights)), squeeze=False,
         gridspec_kw={"height_ratios": heights}, layout="constrained",
@@ -194,6 +234,11 @@ def draw(results: Result, path: Path) -> None:
     with replacing_file(path) as aside:
         figure.savefig(aside, dpi=130, format="png")
     plt.close(figure)
+
+
+def _dense(task: Result) -> bool:
+    """Whether there are so many methods that the figure must be read with patience."""
+    return len(task["methods"]) > 30
 
 
 BLUE, GREY, RED = "#2b6cb0", "#8a8f98", "#c05621"
@@ -211,7 +256,7 @@ def _draw_wins(axis: Any, name: str, task: Result) -> None:
         axis.plot([low, high], [place, place], color=colour, lw=2.2, solid_capstyle="round")
         axis.plot(100 * value["mean"], place, "o", color=colour, ms=6)
     axis.axvline(0 if checked else 50, color="black", lw=0.8, ls=":")
-    axis.set_yticks(range(len(shown)), [m for m, _ in reversed(shown)])
+    axis.set_yticks(range(len(shown)), [m for m, _ in reversed(shown)], fontsize=6.5 if _dense(task) else None)
     axis.set_ylim(-0.6, len(shown) - 0.4)
     axis.set_xlabel(f"{'accuracy gained over' if checked else 'win rate against'} the start, % (95 %)")
     axis.set_title(f"{name}, judged by {task['metric']}", fontsize=10, loc="left")
@@ -219,6 +264,8 @@ def _draw_wins(axis: Any, name: str, task: Result) -> None:
 
 
 def _draw_frontier(axis: Any, task: Result) -> None:
+    order = [method for method, _ in ranked(task)]
+    named = {*order[:12], "start", "sft_more"} if _dense(task) else {*order}
     for method, x in ranked(task):
         kl, score = x["means"]["kl"], x["means"][task["metric"]]
         distance = math.sqrt(max(kl["mean"], 0.0))
@@ -227,7 +274,8 @@ def _draw_frontier(axis: Any, task: Result) -> None:
         axis.errorbar(
             distance, score["mean"], yerr=error if math.isfinite(error) else None, fmt="o", color=colour, ms=5, lw=1.2
         )
-        axis.annotate(method, (distance, score["mean"]), xytext=(5, 3), textcoords="offset points", fontsize=7.5)
+        if method in named:
+            axis.annotate(method, (distance, score["mean"]), xytext=(5, 3), textcoords="offset points", fontsize=7.5)
     scores = [x["means"][task["metric"]]["mean"] for x in task["methods"].values()]
     room = 0.2 * (max(scores) - min(scores)) + 1e-3  # for the points; the interval of a collapsed method may leave it
     axis.set_ylim(min(scores) - room, max(scores) + room)

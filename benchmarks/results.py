@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from prefzoo.benchmarks import statistics
 from prefzoo.benchmarks.jobs import Outcome
 from prefzoo.benchmarks.runner import Plan
-from prefzoo.benchmarks.suites import Suite, Task
+from prefzoo.benchmarks.suites import Suite, Task, about
 from prefzoo.files import replacing_file
 
 REPORTED = (
@@ -78,8 +78,8 @@ def collect(suite: Suite, plan: Plan, outcomes: Mapping[str, Outcome], folder: P
             "reused": [o.name for c in cells.values() for o in c if o.reused],
             "failed": {o.name: o.error for o in outcomes.values() if o.error and o.name.startswith(f"{task.name}/")},
             "not_applicable": plan.not_applicable[task.name],
-            "methods": {m: _method(m, task, answers, finished) for m in answers},
-            "pairs": _pairs(task, answers),
+            "methods": {m: _method(m, task, answers, finished) | about(task.method(m)) for m in answers},
+            "pairs": _pairs(task, answers, suite.verdicts),
             "curves": _curves(finished, task.metric),
             "settings": {k: v for k, v in task.settings.items() if k != "data"},
         }
@@ -102,6 +102,7 @@ def collect(suite: Suite, plan: Plan, outcomes: Mapping[str, Outcome], folder: P
         "this_run_only": suite.seeds == 1,
         "test_prompts": suite.test_prompts,
         "samples": suite.samples,
+        "verdicts": suite.verdicts,
         "tasks": tasks,
     }
 
@@ -144,8 +145,9 @@ def _method(
     return out
 
 
-def _pairs(task: Task, answers: Mapping[str, Answers]) -> list[dict[str, Any]]:
-    """All pairs of trained methods: who wins head to head, and Holm's verdict on the win rates against the start."""
+def _pairs(task: Task, answers: Mapping[str, Answers], verdicts: str = "all") -> list[dict[str, Any]]:
+    """Pairs of trained methods, all of them or each with ``sft_more``: who wins head to head, and Holm's verdict over
+    these pairs on the win rates against the start."""
     names = [n for n in answers if n != "start"]
     if "start" not in answers or len(names) < 2:
         return []
@@ -153,12 +155,15 @@ def _pairs(task: Task, answers: Mapping[str, Answers]) -> list[dict[str, Any]]:
     clusters = answers["start"].clusters
     rows: list[dict[str, Any]] = []
     gaps = []
-    for a, b in itertools.combinations(names, 2):
+    chosen = itertools.combinations(names, 2)
+    if verdicts != "all":
+        chosen = ((n, verdicts) for n in names if n != verdicts and verdicts in answers)
+    for a, b in chosen:
         gap = statistics.difference(against[a], against[b], paired_seeds=True, clusters=clusters)
         head = statistics.estimate(answers[a].wins_SN(answers[b], task.metric), clusters=clusters, null=0.5)
         gaps.append(gap)
         rows.append({"a": a, "b": b, "head_to_head": head.to_dict(), "difference": gap.to_dict()})
-    adjusted = statistics.holm([g.p for g in gaps])
+    adjusted = statistics.holm([g.p for g in gaps]) if gaps else []
     for row, gap, p in zip(rows, gaps, adjusted, strict=True):
         row |= {"p_holm": float(p), "verdict": statistics.verdict(gap, float(p))}
     return rows

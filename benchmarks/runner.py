@@ -21,6 +21,7 @@ from prefzoo.benchmarks.suites import Method, Suite, Task, get_suite
 from prefzoo.files import replacing_file
 from prefzoo.locks import locked
 from prefzoo.parts.feedback import Verifier
+from prefzoo.parts.roles import TEACHER
 from prefzoo.plugins import import_file
 from prefzoo.registry import UsageError
 
@@ -103,27 +104,43 @@ def _shared_jobs(task: Task) -> tuple[list[Job], dict[str, str]]:
     if task.kind == "requests":
         jobs.append(Job(reward, f"{TASKS}:world_reward_model", spec, dict(inputs), weight=500, sources=loss))
         inputs["reward_model"] = reward
+    if task.settings.get("teacher_rounds"):
+        teacher, taught = f"{name}/teacher", create_algorithm("rejection_sampling").sources
+        jobs.append(Job(teacher, f"{TASKS}:world_teacher", spec, {"start": start}, weight=100, sources=taught))
+        inputs["teacher"] = teacher
     if task.settings.get("best_of_n"):
         jobs.append(Job(f"{name}/best_of_n", f"{TASKS}:world_best_of_n", spec, dict(inputs), weight=150))
     return jobs, inputs
 
 
 def _not_applicable(task: Task, method: Method) -> str | None:
+    """Why a method cannot be run on a task; read off the parts that it is made of."""
     if method.algorithm is None:
         return None
-    options, _ = task.resolve(method)
-    made = create_algorithm(method.algorithm, **options)
+    try:
+        made = create_algorithm(method.algorithm, **task.resolve(method)[0])
+    except UsageError as error:
+        return f"it cannot be made with these options: {error}"
     if made.trains_reward:
         return "it trains a reward model, not a policy"
     if made.data == "steps":
         return "it learns from rated steps, and the task has pairs"
-    scored = made.data == "scored" or any("scores_PK" in t.loss.extras for s in made.stages for t in s.terms)
-    if scored and task.kind == "requests":
+    terms, rated = [t for s in made.stages for t in s.terms], task.settings.get("rated", False)
+    scored = made.data == "scored" or any("scores_PK" in t.loss.extras for t in terms)
+    if scored and not rated and task.kind == "requests":
         return "it learns from scores, and the task's answers are compared only"
     if task.kind == "pairs" and any(isinstance(s.feedback, Verifier) for s in made.stages):
         return "the data has preferences but no answers that a verifier could check"
-    if task.kind == "sums" and (made.data != "prompts" or not made.stages[0].on_policy):
+    if task.kind == "sums" and (made.data != "prompts" or not made.on_policy):
         return "this world has no preference labels, only a verifier"
+    if TEACHER in made.needs and not task.settings.get("teacher_rounds"):
+        return "it learns from a teacher, and the task has none"
+    if any(getattr(s.feedback, "revises", False) for s in made.stages):
+        return "its answers are revised in words, which the language of this task does not have"
+    given = {"margin", "probability", "score", "scores"} if rated else set()
+    missing = {c for t in terms for c in t.loss.columns} - given
+    if missing and not made.on_policy and task.kind == "requests":
+        return f"it learns from a {min(missing)} of each row, which the task's annotators do not give"
     return None
 
 
@@ -135,7 +152,10 @@ def _cell_job(
     sources: dict[str, str] = {}
     if method.algorithm is not None:
         options, training = task.resolve(method)
-        sources = create_algorithm(method.algorithm, **options).sources
+        made = create_algorithm(method.algorithm, **options)
+        sources = made.sources
+        if TEACHER not in made.needs:
+            inputs = {k: v for k, v in inputs.items() if k != "teacher"}
     settings = {k: v for k, v in task.settings.items() if k != "data"}
     params = {
         "task": {"kind": task.kind, "metric": task.metric, "settings": settings, "options": dict(task.options)},
@@ -143,9 +163,10 @@ def _cell_job(
                    "curve": method.curve},
         "seed": seed, "samples": suite.samples, "test_prompts": suite.test_prompts,
     }  # fmt: skip
-    needs = dict(inputs)
+    needs = {k: v for k, v in inputs.items() if k != "teacher" or method.algorithm is not None}
     if method.name == "sft_more":
-        needs |= {f"cell:{name}": name for name in trained}
+        if not task.settings.get("sft_more_tokens"):
+            needs |= {f"cell:{name}": name for name in trained}
         sources = create_algorithm("sft").sources
     return Job(f"{task.name}/{method.name}/{seed}", f"{TASKS}:cell", params, needs, method.weight, sources)
 

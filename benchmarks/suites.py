@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from prefzoo.algorithm import algorithm_entry, create_algorithm
+from prefzoo.algorithm import ALGORITHMS, algorithm_entry, create_algorithm, list_algorithms
+from prefzoo.parts.feedback import Verifier
+from prefzoo.parts.roles import TEACHER
 from prefzoo.registry import Registry, UsageError
 
 Kind = Literal["requests", "sums", "pairs"]
@@ -36,10 +38,27 @@ class Method:
 START, SFT_MORE = Method("start", weight=5), Method("sft_more", weight=20)
 
 
+def about(method: Method) -> dict[str, str]:
+    """How a method is written, and what its training sees, for the groups of a long report."""
+    if method.algorithm is None:
+        return {"group": "baseline", "sees": "demonstrations" if method == SFT_MORE else "–"}
+    made = create_algorithm(method.algorithm, **method.options)
+    sees = [] if made.on_policy else [made.data]
+    if made.asks_for_reward:
+        sees.append("exact check" if any(isinstance(s.feedback, Verifier) for s in made.stages) else "proxy")
+    if TEACHER in made.needs:
+        sees.append("teacher")
+    return {"group": "composition" if method.algorithm in ALGORITHMS else "loss", "sees": ", ".join(sees) or "prompts"}
+
+
 @dataclass(frozen=True)
 class Task:
     """A start model, data, feedback and a judge. ``recipes``: training options by kind of rows, for methods that name
-    none; ``options`` of rollout algorithms by option name, where the algorithm has it."""
+    none; ``options`` of rollout algorithms by option name, where the algorithm has it.
+
+    ``completions``: a budget of sampled completions, the same for every method that samples: so many a step (or, where
+    samples are drawn in rounds, eight times as many a round), and so many in all. None: what options and recipe say.
+    """
 
     name: str
     kind: Kind
@@ -48,6 +67,7 @@ class Task:
     settings: Mapping[str, Any]
     recipes: Mapping[str, Mapping[str, Any]]
     options: Mapping[str, Any] = field(default_factory=dict)
+    completions: tuple[int, int] | None = None
 
     def method(self, name: str) -> Method:
         """The task's method of that name, or any registered algorithm under the task's recipe."""
@@ -61,13 +81,25 @@ class Task:
         known = algorithm_entry(method.algorithm).options
         options = {k: v for k, v in self.options.items() if k in known} | dict(method.options)
         made = create_algorithm(method.algorithm, **options)
-        kind = "rollouts" if made.stages[0].on_policy else made.data
-        return options, dict(self.recipes.get(kind, {})) | dict(method.training)
+        kind = "rollouts" if made.on_policy else made.data
+        training = dict(self.recipes.get(kind, {})) | dict(method.training)
+        if self.completions is None or not made.stages or not made.on_policy:
+            return options, training
+        per_step, total = self.completions
+        for name, completions in (("prompts_per_step", per_step), ("prompts_per_round", 8 * per_step)):
+            if name in known and name not in method.options:
+                options[name] = max(1, completions // made.stages[0].source.completions)
+        stage = create_algorithm(method.algorithm, **options).stages[0]
+        steps = max(1, round(total / (stage.schedule.prompts * stage.source.completions)))
+        return options, {"max_steps": steps, **training}
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks, seeds, and how answers are sampled for judging."""
+    """Tasks, seeds, and how answers are sampled for judging.
+
+    ``verdicts``: between ``"all"`` pairs of methods; or ``"sft_more"``: of each method against that baseline.
+    """
 
     name: str
     tasks: tuple[Task, ...]
@@ -75,6 +107,7 @@ class Suite:
     test_prompts: int = 512
     samples: int = 4
     budget: str = ""
+    verdicts: Literal["all", "sft_more"] = "all"
 
     def choose(self, algorithms: list[str] | None) -> Suite:
         """Only these algorithms (baselines stay); a task that is left without any is dropped."""
@@ -235,6 +268,36 @@ def replication() -> Suite:
         seeds=3,
         budget="preference data: one pass over at most 10,000 labelled pairs (20,000 completions); rollouts: at most "
         "10,240 sampled completions (rejection_sampling: 20,480; sums: 15,360)",
+    )
+
+
+# Where the defaults are absurd for models of this size, and no more: everything else is as the papers have it.
+ZOO: dict[str, dict[str, Any]] = {}
+
+
+@SUITES.register
+def zoo() -> Suite:
+    """Every algorithm that applies to the preference world, on the same data at the same budget."""
+    methods = []
+    for name in list_algorithms():
+        own = ZOO.get(name, {})
+        methods.append(
+            Method(name, name, own.get("options", {}), own.get("training", {}), weight=own.get("weight", 30))
+        )
+    task = requests_task(
+        (START, *methods, SFT_MORE), prompts=1_250, rated=True, teacher_rounds=2, sft_more_tokens=120_000,
+        validation_prompts=256,
+    )  # fmt: skip
+    recipes = {k: dict(v) for k, v in task.recipes.items()}
+    recipes["rankings"]["rows_per_step"] = 8  # of eight answers each: as many completions as in 32 pairs
+    recipes["scored"] = {"learning_rate": 2e-4, "rows_per_step": 64}
+    del recipes["rollouts"]["max_steps"]  # by the budget
+    return Suite(
+        "zoo",
+        (replace(task, recipes=recipes, completions=(256, 6_144)),),
+        budget="data: one pass over 10,000 answers to 1,250 prompts (5,000 labelled pairs, or the same answers rated "
+        "one by one); rollouts: 6,144 sampled completions; one run per method, its default options",
+        verdicts="sft_more",
     )
 
 

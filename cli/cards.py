@@ -15,7 +15,6 @@ from rich.table import Table
 
 from prefzoo.algorithm import (
     ALGORITHMS,
-    Algorithm,
     Term,
     algorithm_entry,
     create_algorithm,
@@ -23,9 +22,9 @@ from prefzoo.algorithm import (
     list_algorithms,
     untrained,
 )  # fmt: skip
+from prefzoo.cli.composition import COLUMNS, LEARNS_FROM, composition, needs
 from prefzoo.losses.base import CREDITS, ESTIMATORS, LOSSES, MODIFIERS, Loss, LossEntry
-from prefzoo.parts.feedback import Verifier
-from prefzoo.parts.roles import POLICY, REWARD
+from prefzoo.parts.options import DOC
 from prefzoo.plugins import import_file
 from prefzoo.registry import Entry, Registry, UsageError, prefix_of, suggest
 from prefzoo.theory.base import Finding
@@ -34,23 +33,19 @@ from prefzoo.training.config import ONLY_DATASET, TrainConfig
 # What ``list losses`` shows, by the word that lists it alone: losses, and the functions around them.
 AROUND: dict[str, Registry] = {"losses": LOSSES, "modifiers": MODIFIERS, "credits": CREDITS, "estimators": ESTIMATORS}
 KINDS = ("algorithms", *AROUND)
-LEARNS_FROM = {  # what the data must hold, or can be turned into
-    "pairs": "pairs",
-    "unpaired": "rated answers",
-    "rankings": "rankings",
-    "scored": "scored answers",
-    "steps": "rated steps",
-    "completions": "demonstrations",
-    "prompts": "prompts",
-}
-
+# Columns of the table of algorithms, and the width from which on all are shown; below it the first four.
+MADE_OF = (*COLUMNS, "needs", "paper")
+ALL_COLUMNS = 150
 
 GIVES = {"advantages": "advantages", "rows": "rows to keep", "rewards": "rewards of tokens"}
 READS = {"logps": "two log-probabilities of a token", "logits": "logits of policy and reference"}
 
 
-def show_list(kind: str, pattern: str, imports: Iterable[Path], as_json: bool) -> None:
-    """Print the entries of a kind whose names match; of ``losses`` those of the functions around them too."""
+def show_list(kind: str, pattern: str, imports: Iterable[Path], as_json: bool, in_lines: bool = False) -> None:
+    """Print the entries of a kind whose names match; of ``losses`` those of the functions around them too.
+
+    ``in_lines``: of algorithms what each is, in words, instead of what it is made of.
+    """
     if kind not in KINDS:
         raise UsageError(f"cannot list {kind!r}{suggest(kind, KINDS)} Known: {', '.join(KINDS)}.")
     import_all(imports)
@@ -66,8 +61,11 @@ def show_list(kind: str, pattern: str, imports: Iterable[Path], as_json: bool) -
     if not rows:
         known = list_algorithms() if kind == "algorithms" else [n for r in chosen for n in r.names()]
         raise UsageError(f"no {kind} match {pattern!r}{suggest(pattern, known)} Registered: {', '.join(known)}.")
-    columns: tuple[str, ...] = ("learns_from", "needs") if kind == "algorithms" else ("kind", "takes", "gives")
     console = wide_console()
+    if kind == "algorithms" and not in_lines:
+        console.print(_table_of_algorithms(rows, console.width))
+        return
+    columns: tuple[str, ...] = ("learns_from", "needs") if kind == "algorithms" else ("kind", "takes", "gives")
     columns = (*columns, "paper")  # as many as leave the line enough room to be read
     if console.width < (110 if kind == "algorithms" else 140):
         columns = (columns[0], "paper") if console.width >= 100 else columns[:1]
@@ -77,6 +75,20 @@ def show_list(kind: str, pattern: str, imports: Iterable[Path], as_json: bool) -
         cells = [", ".join(row[c]) if isinstance(row[c], list) else row[c] or "" for c in columns]
         shown.add_row(row["name"], row["line"] + also, *(cell.removeprefix("arXiv:") for cell in cells))
     console.print(shown)
+
+
+def _table_of_algorithms(rows: Iterable[Mapping[str, Any]], width: int) -> Table:
+    """One line of parts for each stage; a narrow terminal gets the first columns only."""
+    columns = MADE_OF if width >= ALL_COLUMNS else MADE_OF[:4]
+    shown = table(*columns, first="name")
+    for row in rows:
+        also = {"needs": ", ".join(row["needs"]), "paper": (row["paper"] or "").removeprefix("arXiv:")}
+        if row["problem"]:
+            shown.add_row(row["name"], row["problem"])
+        for number, stage in enumerate(row["stages"]):
+            cells = {**stage, **(also if number == 0 else {})}
+            shown.add_row("" if number else row["name"], *(cells.get(column, "") for column in columns))
+    return shown
 
 
 def show_card(name: str, as_loss: bool, imports: Iterable[Path], as_json: bool, quick: bool = False) -> None:
@@ -162,13 +174,16 @@ def algorithm_facts(name: str, whole: bool = False) -> dict[str, Any]:
         "paper": entry.paper,
         "aliases": list(entry.aliases),
         "learns_from": LEARNS_FROM[algorithm.data] if algorithm else problem,
-        "needs": _needs(algorithm) if algorithm else [],
+        "needs": needs(algorithm) if algorithm else [],
+        "problem": None if algorithm else problem,
+        "stages": composition(algorithm) if algorithm else [],
     }
+    facts |= {column: " → ".join(stage[column] for stage in facts["stages"]) for column in COLUMNS}
     if whole and algorithm is None:
         raise UsageError(f"algorithm {name!r} {problem}")
     if whole and algorithm is not None:
         training = TrainConfig.of(algorithm.recommended).model_dump(mode="json")
-        if algorithm.stages[0].on_policy:
+        if algorithm.on_policy:
             training = {k: v for k, v in training.items() if k not in ONLY_DATASET}
         facts |= _documentation(entry) | {
             "columns": list(dict.fromkeys(c for s in algorithm.stages for t in s.terms for c in t.loss.columns)),
@@ -263,21 +278,12 @@ def findings_of(facts: Mapping[str, Any]) -> list[Finding]:
     return findings(facts["name"])
 
 
-def _needs(algorithm: Algorithm) -> list[str]:
-    """What must be there beside the policy and the data; what it trains from nothing is not needed."""
-    needs = set(algorithm.needs) - {POLICY}
-    if algorithm.trains_reward:
-        needs.discard(REWARD)
-    if REWARD in needs and any(isinstance(s.feedback, Verifier) for s in algorithm.stages):
-        needs = (needs - {REWARD}) | {"verifier"}
-    return sorted(needs)
-
-
 def _documentation(entry: Entry) -> dict[str, Any]:
     function = inspect.unwrap(entry.function)
     made: dict[str, Any] = {
         "doc": inspect.getdoc(function) or "",
         "options": dict(entry.own_options),
+        "shared": {k: DOC[k] for k in getattr(entry, "shared", {}) if k in DOC},
         "file": inspect.getsourcefile(function),
     }
     if isinstance(entry, LossEntry):
@@ -380,6 +386,7 @@ def _cell(text: str) -> str:
 def _rows(facts: dict[str, Any]) -> dict[str, str]:
     """What a card says beside the docstring."""
     rows = {"options": _settings(facts["options"]) or "none"}
+    rows |= {f"  {name}": words for name, words in facts["shared"].items()}
     for modifier, options in facts.get("modifiers", {}).items():
         rows[f"with {modifier}"] = _settings(options)
     if facts["kind"] == "algorithm":
