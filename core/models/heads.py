@@ -23,8 +23,8 @@ from prefzoo.registry import UsageError
 
 HEADS_FILE = "prefzoo_heads"
 APART = (
-    "the heads are written to heads/ in prefzoo's own format. transformers loads the policy beside them, whose answers do "
-    "not know the heads: decoding by advantages needs prefzoo.generate or 'prefzoo generate'."
+    "the heads are written to heads/ in prefzoo's own format. transformers loads the policy beside them, whose answers "
+    "do not know the heads: decoding by advantages needs prefzoo.generate or 'prefzoo generate'."
 )
 FAST, SLOW = ("q1", "q2"), ("slow_q1", "slow_q2")
 
