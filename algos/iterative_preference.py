@@ -5,7 +5,7 @@ from typing import Any, Literal
 from prefzoo.algorithm import Algorithm, register_algorithm
 from prefzoo.losses import create_loss
 from prefzoo.parts.options import ROUNDS, in_rounds
-from prefzoo.parts.pairs import AgainstOther, RankedSamples
+from prefzoo.parts.pairs import AgainstOther, RankedSamples, ScoreUnit
 from prefzoo.parts.preference import compared, loss_named
 from prefzoo.parts.reference import EachRound, Start
 from prefzoo.parts.source import Sampler
@@ -21,6 +21,7 @@ def iterative_dpo(
     loss: str = "dpo",
     beta: Positive | None = None,
     pairs: Literal["extremes", "all"] = "extremes",
+    soft_labels: ScoreUnit | None = None,
     reference: Literal["round", "start"] | None = None,
     **rounds: Any,
 ) -> Algorithm:
@@ -33,6 +34,7 @@ def iterative_dpo(
         loss: any loss of pairs, labelled completions or rankings, with its options, as in ``online_dpo``.
         beta: of the loss; None: its own default.
         pairs: the best against the worst, or all that differ in reward.
+        soft_labels: as in ``online_dpo``.
         reference: ``round``: the policy as it was at the beginning of the round; ``start``: the start. None: ``round``,
             where the loss has a reference.
 
@@ -50,7 +52,7 @@ def iterative_dpo(
     """
     chosen = loss_named(loss, beta=beta)
     anchors = {"round": EachRound(), "start": Start(), None: EachRound() if chosen.reference else Start()}
-    return Algorithm(**in_rounds(rounds), **compared(chosen, pairs), reference=anchors[reference])
+    return Algorithm(**in_rounds(rounds), **compared(chosen, pairs, soft_labels), reference=anchors[reference])
 
 
 @register_algorithm(

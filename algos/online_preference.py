@@ -5,7 +5,7 @@ from typing import Any, Literal
 from prefzoo.algorithm import Algorithm, register_algorithm
 from prefzoo.losses import create_loss
 from prefzoo.parts.options import SAMPLING, sampled
-from prefzoo.parts.pairs import AgainstOther
+from prefzoo.parts.pairs import AgainstOther, ScoreUnit
 from prefzoo.parts.preference import compared, loss_named
 from prefzoo.parts.source import Sampler
 from prefzoo.parts.win_rate import WinMargin, WinRate
@@ -19,7 +19,12 @@ ON_POLICY = {k: v for k, v in SAMPLING.items() if k not in ("inner_epochs", "min
     shared={**SAMPLING, "group_size": 2},
 )  # fmt: skip
 def online_dpo(
-    *, loss: str = "dpo", beta: Positive | None = None, pairs: Literal["extremes", "all"] = "extremes", **sampling: Any
+    *,
+    loss: str = "dpo",
+    beta: Positive | None = None,
+    pairs: Literal["extremes", "all"] = "extremes",
+    soft_labels: ScoreUnit | None = None,
+    **sampling: Any,
 ) -> Algorithm:
     """Online preference optimization: the policy's own completions are judged, and trained on as a pair at once.
 
@@ -30,8 +35,12 @@ def online_dpo(
             labelled completions (``"kto"``: good above the prompt's mean reward) or of rankings (``"pl_dpo"``).
         beta: of the loss; None: its own default.
         pairs: with more than two completions, the best against the worst, or all that differ in reward.
+        soft_labels: None: the better completion wins. ``rewards``: with Bradley-Terry's probability p = σ(R - R');
+            ``win_rates``: with that of a judge. The pair then counts p as (y, y') and 1 - p as (y', y).
 
-    KL: to the start, in the loss, as an implicit reward β log π/ref; losses without reference have none.
+    KL: to the start, in the loss, as an implicit reward β log π/ref; losses without reference have none. With soft
+    labels the optimum is ref exp(R / β), however the pairs were sampled; where the better one always wins there is
+    none, and the policy goes on to the best completion.
 
     Prompts whose rewards are all equal or missing give no pair; their shares are logged.
 
@@ -45,11 +54,13 @@ def online_dpo(
 
         prefzoo.train("online_dpo", model="my-model", dataset="prompts.jsonl", reward="runs/rm/final", max_steps=100)
     """
-    return Algorithm(**sampled(sampling), **compared(loss_named(loss, beta=beta), pairs))
+    return Algorithm(**sampled(sampling), **compared(loss_named(loss, beta=beta), pairs, soft_labels))
 
 
 @register_algorithm(paper="arXiv:2405.21046", recommended={"learning_rate": 5e-7}, shared={**SAMPLING, "group_size": 1})
-def xpo(*, beta: Positive = 0.1, alpha: NotNegative = 1e-5, **sampling: Any) -> Algorithm:
+def xpo(
+    *, beta: Positive = 0.1, alpha: NotNegative = 1e-5, soft_labels: ScoreUnit | None = None, **sampling: Any
+) -> Algorithm:
     """Exploratory preference optimization: online DPO against the reference's completions, with a bonus to leave them.
 
         y ~ π, y' ~ ref;   loss = -log σ(β (s_w - s_l)) + α log π(y')
@@ -57,6 +68,7 @@ def xpo(*, beta: Positive = 0.1, alpha: NotNegative = 1e-5, **sampling: Any) -> 
     Args:
         beta: strength of the pull to the reference, per nat.
         alpha: α, weight of the exploration bonus, a sum over the tokens of y'; 0: online DPO on these pairs.
+        soft_labels: as in ``online_dpo``.
 
     KL: to the start, in the loss, as an implicit reward; α works against it, by -α KL(ref ‖ π) on average.
 
@@ -74,7 +86,7 @@ def xpo(*, beta: Positive = 0.1, alpha: NotNegative = 1e-5, **sampling: Any) -> 
     """
     return Algorithm(
         **sampled(sampling, beside=(Sampler("reference"),)),
-        credit=AgainstOther(ordered=True),
+        credit=AgainstOther(ordered=True, unit=soft_labels or "rewards", soft=soft_labels is not None),
         loss=create_loss("xpo", beta=beta, alpha=alpha),
     )
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from prefzoo.algorithm import Algorithm, register_algorithm
 from prefzoo.losses import create_loss
 from prefzoo.parts.options import ROUNDS, in_rounds
-from prefzoo.parts.pairs import AllPairs, RejectionSampled
+from prefzoo.parts.pairs import AllPairs, RejectionSampled, ScoreUnit
 from prefzoo.parts.preference import compared, loss_named
 from prefzoo.registry import ABOVE_0, Positive, UsageError
 
@@ -54,6 +54,7 @@ def rso(
     reward_beta: Positive = 0.5,
     accepted: Annotated[int, ABOVE_0] = 8,
     pairs: Literal["first_round", "tournament", "all", "extremes"] = "first_round",
+    soft_labels: ScoreUnit | None = None,
     **rounds: Any,
 ) -> Algorithm:
     """Statistical rejection sampling: pairs as the optimal policy would write them, from samples of the start.
@@ -65,14 +66,14 @@ def rso(
         loss: ``dpo`` is the paper's sigmoid-norm, ``hinge`` its hinge-norm; any other loss of pairs, with its options.
         beta: of the loss, the paper's γ.
         reward_beta: β_r, in reward units; smaller accepts better completions.
-        accepted: completions kept of each prompt.
+        accepted: completions kept of each prompt; their share is logged as ``kept``.
         pairs: which of them meet: two by two; the winners again until one is left; all; the best and the worst.
+        soft_labels: as in ``online_dpo``.
 
     KL: to the start, in the loss, as an implicit reward; β_r is the KL coefficient of the policy that is imitated.
 
     Convention: labels are by the run's reward (the paper asks its pairwise model, a judge). All rounds sample from the
-    start; the paper has one. The share of accepted candidates is logged; at a small β_r passes after the first fill up
-    ``accepted`` with worse ones.
+    start; the paper has one. At a small β_r passes after the first fill up ``accepted`` with worse ones.
 
     Source: Liu et al., Statistical Rejection Sampling Improves Preference Optimization, arXiv:2309.06657; K = 64,
     8 accepted, β_r = 0.5 and γ = 0.05: their experiments.
@@ -84,5 +85,5 @@ def rso(
     return Algorithm(
         **in_rounds(rounds, by="reference"),
         keep=RejectionSampled(reward_beta, accepted),
-        **compared(loss_named(loss, beta=beta), pairs),
+        **compared(loss_named(loss, beta=beta), pairs, soft_labels),
     )

@@ -37,7 +37,8 @@ NAN = math.nan
 CREDITS: dict[str, Any] = {
     "top": TopAgainstBottom(), "all": AllPairs(), "gap": AllPairs(min_gap=0.5), "matches": Matches(),
     "tournament": Matches(tournament=True), "other": AgainstOther(), "ordered": AgainstOther(ordered=True),
-    "labels": Desirable(), "ranking": RankedSamples(), "ends": RankedSamples(ends=True),
+    "soft": AllPairs(soft=True), "ordered soft": AgainstOther(ordered=True, soft=True), "labels": Desirable(),
+    "ranking": RankedSamples(), "ends": RankedSamples(ends=True),
 }  # fmt: skip
 SCORES = [[0.5, 2.0, -1.0, 2.0, 0.25], [0.0, NAN, 1.5, 0.25, 1.0], [1.0, 1.0, 1.0, 1.0, 1.0], [NAN] * 5]
 
@@ -123,7 +124,9 @@ def test_what_has_no_score_and_what_ties_gives_nothing(name: str) -> None:
 def test_a_completion_is_no_pair_with_its_like(name: str) -> None:
     same = samples_of([[0.0, 1.0]], texts=[[[7, 8], [7, 8]]])
     other = samples_of([[0.0, 1.0]], texts=[[[7, 8], [7, 9]]])
-    assert len(CREDITS[name](same, flat([[0.0, 1.0]]))) == 0 and len(CREDITS[name](other, flat([[0.0, 1.0]]))) == 1
+    wanted = 2 if name == "soft" else 1
+    assert len(CREDITS[name](same, flat([[0.0, 1.0]]))) == 0
+    assert len(CREDITS[name](other, flat([[0.0, 1.0]]))) == wanted
 
 
 @pytest.mark.parametrize("name", CREDITS)
@@ -133,7 +136,9 @@ def test_tokens_stay_with_their_completions(name: str) -> None:
     assert torch.equal(result.tokens["ref_logps"], wanted)
 
 
-@pytest.mark.parametrize("name", [n for n in CREDITS if CREDITS[n].gives == "pairs" and n != "ordered"])
+@pytest.mark.parametrize(
+    "name", [n for n in CREDITS if CREDITS[n].gives == "pairs" and n not in ("ordered", "ordered soft", "soft")]
+)
 def test_margin_and_probability_are_those_of_the_scores(name: str) -> None:
     samples, scores_B = samples_of(SCORES), flat(SCORES)
     number = {tuple(samples.completions[b].tolist()): float(scores_B[b]) for b in range(len(scores_B))}
@@ -143,6 +148,22 @@ def test_margin_and_probability_are_those_of_the_scores(name: str) -> None:
         (_, (margin,)), (_, (probability,)) = columns
         assert margin == number[chosen] - number[rejected] > 0
         assert probability == pytest.approx(1 / (1 + math.exp(-margin)))
+
+
+def test_soft_labels_train_both_orders_by_their_probability() -> None:
+    """As the population does: p loss(w, l) + (1 - p) loss(l, w), whatever the loss."""
+    soft = AllPairs(soft=True)(samples_of(SCORES), flat(SCORES))
+    hard = AllPairs()(samples_of(SCORES), flat(SCORES))
+    assert len(soft) == 2 * len(hard)
+    weight = {t: dict(c)["weight"][0] for _, t, c in rows_of(soft)}
+    margin = {t: dict(c)["margin"][0] for _, t, c in rows_of(soft)}
+    for _, (chosen, rejected), columns in rows_of(hard):
+        p = dict(columns)["probability"][0]
+        assert weight[chosen, rejected] == pytest.approx(2 * p)
+        assert weight[rejected, chosen] == pytest.approx(2 * (1 - p))
+        assert margin[chosen, rejected] == -margin[rejected, chosen] == dict(columns)["margin"][0]
+    ordered = AgainstOther(ordered=True, soft=True)(samples_of([[0.0, 1.0]]), torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(ordered.row_columns["probability"], torch.tensor([-1.0]).sigmoid())
 
 
 def test_a_win_rate_of_two_is_the_probability_itself() -> None:
@@ -264,7 +285,6 @@ def test_rejection_is_a_function_of_the_candidates() -> None:
     assert [number[tuple(kept.completions[b].tolist())] for b in range(4)] == kept_scores.tolist()
     everything, _ = RejectionSampled(beta=0.7, count=9)(samples, scores_B)
     assert len(everything) == 8  # but for the two without a score
-    assert float(part.measure(samples, scores_B, kept)["completions/accepted"]) == pytest.approx(0.4)
     with pytest.raises(UsageError, match="beta is above 0"):
         RejectionSampled(beta=0.0)
 
@@ -437,7 +457,8 @@ def test_rows_are_made_for_the_family_of_the_loss() -> None:
     assert compared(loss_named("kto"))["prelude"] is not None and compared(loss_named("dpo"))["prelude"] is None
     with pytest.raises(UsageError, match="takes Likelihood, and no preferences"):
         compared(loss_named("sft"))
-    with pytest.raises(UsageError, match="no effect on loss 'kto'"):
-        compared(loss_named("kto"), "all")
+    for options in ({"pairs": "all"}, {"soft_labels": "rewards"}):
+        with pytest.raises(UsageError, match=f"{next(iter(options))}=.*no effect on loss 'kto'"):
+            compared(loss_named("kto"), **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="one of extremes"):
         compared(loss_named("dpo"), "some")  # type: ignore[arg-type]

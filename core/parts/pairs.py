@@ -37,22 +37,6 @@ def win_probability(margin_B: Tensor, unit: ScoreUnit = "rewards") -> Tensor:
     return torch.sigmoid(margin_B) if unit == "rewards" else (1 + margin_B) / 2
 
 
-def as_pairs(samples: Samples, scores_B: Tensor, chosen: Tensor, rejected: Tensor, **columns: Tensor) -> Samples:
-    """Pairs of these completions, but for those that are equal token by token; with their ``margin`` of scores."""
-    differ = torch.tensor([not _same(samples, i, j) for i, j in zip(chosen.tolist(), rejected.tolist(), strict=True)])
-    differ = differ.bool()  # of an empty list, too
-    chosen, rejected = chosen[differ], rejected[differ]
-    order = torch.stack([chosen, rejected], 1).reshape(-1).numpy()
-    given = {name: value[differ] for name, value in columns.items()}
-    return replace(
-        samples.take(order), kind="pairs", row_columns={"margin": scores_B[chosen] - scores_B[rejected], **given}
-    )
-
-
-def _same(samples: Samples, first: int, second: int) -> bool:
-    return np.array_equal(samples.completions[first], samples.completions[second])
-
-
 def by_prompt(samples: Samples, scores_B: Tensor) -> Iterator[list[int]]:
     """Of each prompt the completions whose score is known, in the order of the samples."""
     known_B = ~scores_B.isnan()
@@ -62,21 +46,45 @@ def by_prompt(samples: Samples, scores_B: Tensor) -> Iterator[list[int]]:
     yield from rows.values()
 
 
-def _matched(samples: Samples, scores_B: Tensor, pairs: Sequence[tuple[int, int]], unit: ScoreUnit) -> Samples:
-    """Pairs of completions in any order, the better one chosen; equal scores give none."""
-    index = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
-    first, second = index[:, 0], index[:, 1]
-    margin = scores_B[first] - scores_B[second]
-    index = index[margin != 0]
-    chosen = torch.where(margin > 0, first, second)[margin != 0]
-    rejected = torch.where(margin > 0, second, first)[margin != 0]
-    probability = win_probability(scores_B[chosen] - scores_B[rejected], unit)
-    return as_pairs(samples, scores_B, chosen, rejected, probability=probability)
+def different(samples: Samples, scores_B: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """Those pairs of completions, (N, 2), that differ in score and in a token."""
+    told = [
+        (i, j)
+        for i, j in pairs
+        if scores_B[i] != scores_B[j] and not np.array_equal(samples.completions[i], samples.completions[j])
+    ]
+    return torch.tensor(told, dtype=torch.long).reshape(-1, 2)
+
+
+def as_pairs(samples: Samples, scores_B: Tensor, index_N2: Tensor, **columns: Tensor) -> Samples:
+    """Pairs of these completions, the chosen one first, with the ``margin`` of their scores."""
+    margin_N = scores_B[index_N2[:, 0]] - scores_B[index_N2[:, 1]]
+    taken = samples.take(index_N2.reshape(-1).numpy())
+    return replace(taken, kind="pairs", row_columns={"margin": margin_N, **columns})
+
+
+def matched(
+    samples: Samples, scores_B: Tensor, pairs: Sequence[tuple[int, int]], unit: ScoreUnit, soft: bool = False
+) -> Samples:
+    """Pairs of completions in any order, the better one chosen; or soft ones, trained on in both orders."""
+    index_N2 = different(samples, scores_B, pairs)
+    margin_N = scores_B[index_N2[:, 0]] - scores_B[index_N2[:, 1]]
+    if not soft:
+        index_N2 = torch.where(margin_N[:, None] > 0, index_N2, index_N2.flip(1))
+        return as_pairs(samples, scores_B, index_N2, probability=win_probability(margin_N.abs(), unit))
+    both_N2 = torch.stack([index_N2, index_N2.flip(1)], 1).reshape(-1, 2)
+    probability_N = win_probability(torch.stack([margin_N, -margin_N], 1).reshape(-1), unit)
+    return as_pairs(samples, scores_B, both_N2, probability=probability_N, weight=2 * probability_N)
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """What credits of comparisons share."""
+    """What credits of comparisons share.
+
+    Those of pairs give the columns ``margin``, R_w - R_l, and ``probability``, by ``unit`` of the scores
+    (:func:`win_probability`). ``soft``: the label is that probability p instead of the larger score: each pair is
+    trained on in both orders, with the weights 2 p and 2 (1 - p).
+    """
 
     needs = frozenset[str]()
     smallest_group = 2
@@ -101,21 +109,19 @@ class TopAgainstBottom(_Comparison):
 
         (y_w, y_l) = (argmax_i R_i, argmin_i R_i) of each prompt with max R > min R
 
-    ``unit``: of the scores, for the column ``probability``. Columns: ``margin`` = R_w - R_l; ``probability``.
-
     Source: Yuan et al., Self-Rewarding Language Models, arXiv:2401.10020.
     """
 
     unit: ScoreUnit = "rewards"
+    soft: bool = False
 
     gives = "pairs"
     columns = PAIR_COLUMNS
 
     def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
-        group_B = torch.from_numpy(samples.prompt_B)
-        chosen, rejected = advantages.top_against_bottom(scores_B, group_B)
-        probability = win_probability(scores_B[chosen] - scores_B[rejected], self.unit)
-        return as_pairs(samples, scores_B, chosen, rejected, probability=probability)
+        chosen, rejected = advantages.top_against_bottom(scores_B, torch.from_numpy(samples.prompt_B))
+        pairs = list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+        return matched(samples, scores_B, pairs, self.unit, self.soft)
 
 
 @dataclass(frozen=True)
@@ -124,13 +130,14 @@ class AllPairs(_Comparison):
 
         {(i, j) : R_i - R_j > min_gap}
 
-    Columns: ``margin``, ``probability``. A prompt with many different scores gives many pairs, and so weighs more.
+    A prompt with many different scores gives many pairs, and so weighs more.
 
     Source: Khaki et al., RS-DPO, arXiv:2402.10038, algorithm 1.
     """
 
     min_gap: float = 0.0
     unit: ScoreUnit = "rewards"
+    soft: bool = False
 
     gives = "pairs"
     columns = PAIR_COLUMNS
@@ -146,7 +153,7 @@ class AllPairs(_Comparison):
             for i, j in itertools.combinations(rows, 2)
             if abs(float(scores_B[i] - scores_B[j])) > self.min_gap
         ]
-        return _matched(samples, scores_B, pairs, self.unit)
+        return matched(samples, scores_B, pairs, self.unit, self.soft)
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,7 @@ class Matches(_Comparison):
 
     tournament: bool = False
     unit: ScoreUnit = "rewards"
+    soft: bool = False
 
     gives = "pairs"
     columns = PAIR_COLUMNS
@@ -175,7 +183,7 @@ class Matches(_Comparison):
                     break
                 left = [rows[-1]] if len(rows) % 2 else []
                 rows = [j if scores_B[j] > scores_B[i] else i for i, j in met] + left
-        return _matched(samples, scores_B, pairs, self.unit)
+        return matched(samples, scores_B, pairs, self.unit, self.soft)
 
 
 @dataclass(frozen=True)
@@ -183,11 +191,13 @@ class AgainstOther(_Comparison):
     """Every main completion against every one that another sampler wrote to the same prompt.
 
     The better one is chosen. ``ordered``: the main one is called chosen whatever the scores say, and the column
-    ``probability`` is 1 where it is the better one and 0 where it is not: for losses that must know who wrote which.
+    ``probability`` is 1 where it is the better one and 0 where it is not, or what is between if ``soft``: for losses
+    that must know who wrote which.
     """
 
     ordered: bool = False
     unit: ScoreUnit = "rewards"
+    soft: bool = False
 
     gives = "pairs"
     columns = PAIR_COLUMNS
@@ -203,11 +213,11 @@ class AgainstOther(_Comparison):
             if sampler_B[i] == 0 and sampler_B[j] != 0
         ]
         if not self.ordered:
-            return _matched(samples, scores_B, pairs, self.unit)
-        index = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
-        index = index[scores_B[index[:, 0]] != scores_B[index[:, 1]]]
-        won = (scores_B[index[:, 0]] > scores_B[index[:, 1]]).float()
-        return as_pairs(samples, scores_B, index[:, 0], index[:, 1], probability=won)
+            return matched(samples, scores_B, pairs, self.unit, self.soft)
+        index_N2 = different(samples, scores_B, pairs)
+        margin_N = scores_B[index_N2[:, 0]] - scores_B[index_N2[:, 1]]
+        probability_N = win_probability(margin_N, self.unit) if self.soft else (margin_N > 0).float()
+        return as_pairs(samples, scores_B, index_N2, probability=probability_N)
 
 
 def _samplers(samples: Samples, credit: str) -> Tensor:
@@ -329,10 +339,6 @@ class RejectionSampled:
                 kept.extend(rows[k] for k in accepted(scores_B[rows].double().numpy(), self.beta, self.count, stream))
         index = torch.tensor(kept, dtype=torch.long)
         return samples.take(index.numpy()), scores_B[index]
-
-    def measure(self, before: Samples, scores_B: Tensor, after: Samples) -> dict[str, Tensor]:
-        """The share of candidates that was accepted."""
-        return {"completions/accepted": torch.tensor([len(after) / max(len(before), 1)])}
 
 
 def accepted(scores_K: np.ndarray, beta: float, count: int, stream: np.random.Generator) -> list[int]:

@@ -38,15 +38,17 @@ def loss_named(text: str, **given: Any) -> Loss:
     return create_loss(name.strip(), **options)
 
 
-def compared(loss: Loss, pairs: Choice = "extremes", unit: ScoreUnit = "rewards") -> dict[str, Any]:
+def compared(loss: Loss, pairs: Choice = "extremes", soft_labels: ScoreUnit | None = None) -> dict[str, Any]:
     """The parts of an algorithm that turn scored samples into the rows of this loss: pairs, labelled rows, rankings.
 
-    ``pairs``: which pairs, for a loss of pairs: the best against the worst; all; or of those that meet in one round,
-    or in a tournament.
+    For a loss of pairs, ``pairs`` says which: the best against the worst; all; or of those that meet in one round, or
+    in a tournament. ``soft_labels``: the unit of the scores, where their probability is the label; None: the larger
+    score wins.
     """
+    how: dict[str, Any] = {} if soft_labels is None else {"unit": soft_labels, "soft": True}
     makers: dict[str, Any] = {
-        "extremes": TopAgainstBottom(unit), "all": AllPairs(unit=unit), "first_round": Matches(unit=unit),
-        "tournament": Matches(tournament=True, unit=unit),
+        "extremes": TopAgainstBottom(**how), "all": AllPairs(**how), "first_round": Matches(**how),
+        "tournament": Matches(tournament=True, **how),
     }  # fmt: skip
     if pairs not in makers:
         raise UsageError(f"pairs is {pairs!r}; it must be one of {', '.join(makers)}.")
@@ -56,7 +58,8 @@ def compared(loss: Loss, pairs: Choice = "extremes", unit: ScoreUnit = "rewards"
             f"loss {loss.name!r} takes {loss.family.__name__}, and no preferences; choose a loss of pairs such as "
             "'dpo', of labelled completions such as 'kto', or of rankings such as 'pl_dpo'."
         )
-    if loss.family is not Pairs and pairs != "extremes":
-        raise UsageError(f"pairs={pairs!r} has no effect on loss {loss.name!r}, which takes no pairs; leave it out.")
+    for option, without_effect in ((f"pairs={pairs!r}", pairs != "extremes"), (f"soft_labels={soft_labels!r}", how)):
+        if loss.family is not Pairs and without_effect:
+            raise UsageError(f"{option} has no effect on loss {loss.name!r}, which takes no pairs; leave it out.")
     prelude = next((PRELUDES[e]() for e in loss.extras if e in PRELUDES), None)
     return {"loss": loss, "credit": credit, "prelude": prelude}
