@@ -69,6 +69,11 @@ class Roles(Protocol):
         """The ids of a text, without special tokens."""
         ...
 
-    def write(self, prompts: Sequence[Any], sampling: Sampling, purpose: str) -> Samples:
-        """One completion by the policy to each of these prompts, text or messages."""
+    def write(self, prompts: Sequence[Any], sampling: Sampling, purpose: str, by: str = "policy") -> Samples:
+        """One completion to each of these prompts, text or messages, by the policy, the reference or the teacher; an
+        empty one where the prompt leaves no room for it in the model's positions."""
+        ...
+
+    def answers(self, prompts: Sequence[Any], texts: Sequence[str | None]) -> Samples:
+        """These texts as completions of these prompts, ended as demonstrations are; None and "" become empty ones."""
         ...

@@ -16,7 +16,7 @@ from prefzoo.models.load import end_ids
 from prefzoo.models.roles import Policy
 from prefzoo.parts.credit import sequence_kl
 from prefzoo.parts.reference import EachRound
-from prefzoo.parts.roles import REFERENCE, TEACHER, critic_of_role, of_critic
+from prefzoo.parts.roles import REFERENCE, REWARD, TEACHER, critic_of_role, of_critic
 from prefzoo.parts.source import Rollouts
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Finish, LoopEngine, Sampling, rollout_engine
@@ -33,6 +33,7 @@ class Collector(Crew):
     now: Meter  # of this step
     spent: Any
     pool: Samples | None  # of a replay
+    generated: int  # tokens that were written for the newest samples, by all processes
     measured: dict[str, tuple[float, int]]  # what controllers follow: the mean, and of how many
 
     def agree(self, value: Any) -> list[Any]:
@@ -74,14 +75,16 @@ class Collector(Crew):
         seed = derive_seed(self.config.seed, purpose, step)
         samples, scores = self._sample(rows, keys, seed, source)
         self.spent.prompts += len(samples.prompts)
-        self.spent.generated_tokens += generated_tokens(samples, source) if samples_now(source, seed) else 0
-        self.spent.reward_calls += len(samples.completions)
+        self.spent.generated_tokens += self.generated
+        if REWARD in stage.feedback.needs:
+            self.spent.reward_calls += len(samples.completions)
         self.watchdog.doing(f"scoring the samples of step {step + 1}")
         if any("sampling_logps_BT" in t.loss.extras for t in stage.terms):
             samples = samples.with_tokens(sampling_logps=samples.tokens["old_logps"])
         exact = self.config.precision == self.config.dtype == "float32"
         changed = source.top_p < 1 or source.mask_top_p is not None
-        if (changed or not exact) and stage.condition is None:
+        own = "old_logps" in samples.tokens  # of completions that were revised nobody has sampled the tokens
+        if (changed or not exact) and own and stage.condition is None:
             # The sampler's numbers are not the learner's; the ratio must start at 1.
             samples = samples.with_tokens(old_logps=self.policy_logps(samples))
         if REFERENCE in stage.needs:
@@ -137,18 +140,22 @@ class Collector(Crew):
         self.watchdog.doing(f"sampling for step {self.step + 1}")
         with self._autocast():  # the learner's precision, or the ratio does not start at 1
             samples = self._written(asked, rows, keys, seed, source)
+        self.written = generated_tokens(samples, source) if samples_now(source, seed) else 0
         samples = replace(samples, prompts=prompts.prompts)  # rewards read the prompt as it is, without words before it
         if getattr(feedback, "revises", False):
-            samples = feedback.revise(samples, self)  # type: ignore[attr-defined]
+            written, samples = samples, feedback.revise(samples, self)  # type: ignore[attr-defined]
+            for name, values in getattr(feedback, "measure", _nothing)(written, samples).items():
+                self.mine.add(name, values)
         scores = feedback(samples, self)  # type: ignore[operator]
         self.watchdog.doing(f"waiting for the samples of the other processes for step {self.step + 1}")
-        parts = self.agree((samples, scores, self.shown_columns))
+        parts = self.agree((samples, scores, self.shown_columns, self.written))
         self.shown_columns = {
-            name: [value for _, _, columns in parts for value in columns[name]]
+            name: [value for _, _, columns, _ in parts for value in columns[name]]
             for name in self.shown_columns
-            if all(name in columns for _, _, columns in parts)
+            if all(name in columns for _, _, columns, _ in parts)
         }
-        return Samples.concatenate([p for p, _, _ in parts]), torch.cat([scores for _, scores, _ in parts])
+        self.generated = sum(count for _, _, _, count in parts)
+        return Samples.concatenate([p for p, _, _, _ in parts]), torch.cat([scores for _, scores, _, _ in parts])
 
     def _written(self, prompts: Samples, rows: Samples, keys: np.ndarray, seed: int, source: Rollouts) -> Samples:
         """The completions of all samplers, prompt by prompt; of a step that does not sample, those of the data."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefzoo.algorithm import Stage
 from prefzoo.data.formats import prompt_only
-from prefzoo.data.samples import Samples
+from prefzoo.data.samples import Ragged, Samples, offsets_of
 from prefzoo.data.tokens import tokenise
 from prefzoo.feedback import RewardSource
 from prefzoo.models.reference import autocast, token_scores
@@ -24,7 +25,7 @@ from prefzoo.models.tree import TreeBatch
 from prefzoo.parts.roles import CRITIC, of_critic
 from prefzoo.processes import Processes
 from prefzoo.registry import UsageError
-from prefzoo.rollout import LoopEngine, Sampling
+from prefzoo.rollout import Finish, LoopEngine, Sampling
 from prefzoo.seeds import derive_seed
 from prefzoo.training.config import TrainConfig
 from prefzoo.training.guards import Watchdog
@@ -54,6 +55,7 @@ class Crew:
     temperature: float
     step: int
     epoch: float
+    written: int = 0  # tokens that this process has written beside its samples, since they were last counted
     shown_columns: Mapping[str, Sequence[Any]]  # what a reward function wants beside its samples
 
     @property
@@ -148,13 +150,46 @@ class Crew:
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
-    def write(self, prompts: Sequence[Any], sampling: Sampling, purpose: str) -> Samples:
-        assert self.rollouts is not None
+    def write(self, prompts: Sequence[Any], sampling: Sampling, purpose: str, by: str = "policy") -> Samples:
         rows = [prompt_only({"prompt": prompt}) for prompt in prompts]
         asked, report = tokenise(rows, self.tokenizer, "prompts", max_length=10**6)
         if len(asked) != len(rows):
             raise UsageError("\n".join([f"some prompts of the {purpose} cannot be answered:", *report.lines()[1:]]))
         seed = derive_seed(self.config.seed, purpose, self.step)
         first = self.processes.rank * 2**20  # other random numbers than those of the other processes
+        positions = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        room = np.flatnonzero(asked.prompts.lengths + sampling.max_new_tokens <= positions)
         with self._autocast():
-            return self.rollouts.generate(asked, 1, sampling, seed, first + np.arange(len(asked)))
+            answers = self._writer(by).generate(asked.take(room), 1, sampling, seed, first + room)
+        self.written += len(answers.completions.flat)
+        lengths = np.zeros(len(rows), dtype=np.int64)
+        lengths[room] = answers.completions.lengths
+        finish = torch.full((len(rows),), int(Finish.LENGTH))
+        finish[torch.from_numpy(room)] = answers.columns["finish"].long()
+        return replace(
+            answers, prompts=asked.prompts, completions=Ragged(answers.completions.flat, offsets_of(lengths)),
+            prompt_B=np.arange(len(rows)), columns={"finish": finish}, extra=asked.extra,
+        )  # fmt: skip
+
+    def answers(self, prompts: Sequence[Any], texts: Sequence[str | None]) -> Samples:
+        said = [p for p, text in enumerate(texts) if text]
+        rows = [
+            {"prompt": prompts[p], "completion": texts[p]}
+            if isinstance(prompts[p], str)
+            else {"prompt": prompts[p], "completion": [{"role": "assistant", "content": texts[p]}]}
+            for p in said
+        ]
+        lengths, flat = np.zeros(len(texts), dtype=np.int64), np.zeros(0, dtype=np.int32)
+        if rows:
+            found, _ = tokenise(rows, self.tokenizer, "completions", max_length=10**6, loss_on="completion")
+            assert len(found) == len(rows)
+            flat, lengths[said] = np.array(found.completions.flat), found.completions.lengths
+        count = len(texts)
+        return Samples(
+            "completions", Ragged.of([[]] * count), Ragged(flat, offsets_of(lengths)), np.arange(count),
+            columns={"finish": torch.full((count,), int(Finish.STOP))},
+        )  # fmt: skip
+
+    def _writer(self, role: str) -> LoopEngine:
+        """Who samples for a role."""
+        raise NotImplementedError
