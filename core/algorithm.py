@@ -24,6 +24,7 @@ from prefzoo.parts.replay import Replay
 from prefzoo.parts.roles import HEADS, POLICY, REFERENCE, REWARD, TEACHER, Roles, critic_of_role
 from prefzoo.parts.schedule import Schedule
 from prefzoo.parts.source import DatasetRows, Rollouts
+from prefzoo.parts.update import TrustRegion
 from prefzoo.records import (
     Distribution,
     Heads,
@@ -94,10 +95,6 @@ class Condition(Protocol):
     def of_rows(self, samples: Samples, roles: Roles) -> Samples:
         """Rows of a data set, marked by their labels or scores."""
         ...
-
-
-class Update(Protocol):
-    """How parameters are changed, where not by the optimizer of the configuration: :mod:`prefzoo.parts.update`."""
 
 
 class Product(Protocol):
@@ -187,7 +184,7 @@ class Stage:
     schedule: Schedule = field(default_factory=Schedule)
     controllers: Mapping[str, Controller] = field(default_factory=dict)
     reference: Start | Moving = field(default_factory=Start)
-    update: Update | None = None
+    update: TrustRegion | None = None
     critic_from: str = POLICY
     pooling: str = "last"
     polyak: float = 0.005  # of the slow Q of role "heads"

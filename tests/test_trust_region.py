@@ -12,7 +12,7 @@ from torch import Tensor
 from prefzoo.parts.update import TrustRegion
 from prefzoo.registry import UsageError
 from prefzoo.theory.policies import EnumerablePolicy, Tabular, TinyTransformer
-from prefzoo.training.updates import Fisher, Landscape, conjugate_gradients, dot, flat, natural_step
+from prefzoo.training.updates import Fisher, Landscape, conjugate_gradients, dot, flat, natural_step, put
 
 EXACT = TrustRegion(max_kl=1e-3, cg_iterations=200, damping=1e-6)
 
@@ -65,6 +65,16 @@ class World:
         return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
 
 
+def take(region: TrustRegion, land: Landscape) -> dict[str, float]:
+    """The step, taken."""
+    before = flat(land.parameters)
+    there, found = natural_step(region, land)
+    assert torch.equal(flat(land.parameters), before), "it only says where to go"
+    with torch.no_grad():
+        put(land.parameters, there)
+    return found
+
+
 def worlds() -> list[World]:
     return [World(Tabular(3, 2, seed=1)), World(TinyTransformer(3, 2, seed=1, width=3))]
 
@@ -76,7 +86,7 @@ def test_the_step_is_the_natural_gradient_scaled_to_the_bound(place: int, dampin
     damped = fisher + damping * torch.eye(len(origin), dtype=torch.float64)
     wanted = -torch.linalg.solve(damped, flat(world.land.gradient()))
     wanted *= math.sqrt(2 * region.max_kl / float(wanted @ damped @ wanted))
-    found = natural_step(region, world.land)
+    found = take(region, world.land)
     step = flat(world.parameters) - origin
     assert found["trust/accepted"] == 1 and found["trust/improvement"] > 0
     wanted *= region.shrink ** found["trust/backtracks"]
@@ -102,7 +112,7 @@ def test_the_step_does_not_depend_on_how_the_policy_is_written() -> None:
     assert torch.allclose(plain.old_R, stretched.old_R)
     assert not torch.allclose(flat(plain.land.gradient()), flat(stretched.land.gradient()))
     for world in (plain, stretched):
-        natural_step(replace(EXACT, damping=1e-9), world.land)
+        take(replace(EXACT, damping=1e-9), world.land)
     assert torch.allclose(plain.policy.log_probs(), stretched.policy.log_probs(), atol=2e-4)
     assert not torch.allclose(plain.policy.log_probs(), plain.old_R, atol=2e-3)
 
@@ -127,7 +137,7 @@ def test_a_step_never_leaves_the_region_nor_makes_the_loss_worse() -> None:
         for damping in (0.0, 0.1, 10.0):
             world = World(TinyTransformer(3, 2, seed=3, width=3), seed=4)
             before = world.loss().item()
-            found = natural_step(TrustRegion(max_kl=max_kl, damping=damping), world.land)
+            found = take(TrustRegion(max_kl=max_kl, damping=damping), world.land)
             assert world.kl().item() == pytest.approx(found["trust/kl"], abs=1e-12)
             assert found["trust/kl"] <= max_kl
             assert before - world.loss().item() == pytest.approx(found["trust/improvement"], abs=1e-12)
@@ -138,7 +148,7 @@ def test_repeated_steps_find_the_best_response() -> None:
     policy = Tabular(3, 2, seed=1)
     for _ in range(25):
         world = World(policy)
-        natural_step(TrustRegion(max_kl=0.05), world.land)
+        take(TrustRegion(max_kl=0.05), world.land)
     best = policy.log_probs().exp()[world.reward_R.argmax()]
     assert best > 0.9
 
@@ -147,23 +157,41 @@ def test_where_no_step_is_good_the_policy_stays() -> None:
     world = World(Tabular(3, 2, seed=1))
     before = flat(world.parameters)
     worse = replace(world.land, loss_and_kl=lambda: (1.0, 0.0))  # nothing improves
-    assert natural_step(EXACT, worse) == {
-        "trust/kl": 0.0, "trust/improvement": 0.0, "trust/backtracks": 10.0, "trust/accepted": 0.0
-    }  # fmt: skip
+    assert take(EXACT, worse) == {"trust/kl": 0.0, "trust/improvement": 0.0, "trust/accepted": 0.0}
     assert torch.equal(flat(world.parameters), before)
     flat_world = World(Tabular(3, 2, seed=1))
     flat_world.reward_R = torch.zeros_like(flat_world.reward_R)
-    assert natural_step(EXACT, flat_world.land)["trust/accepted"] == 0
+    assert take(EXACT, flat_world.land)["trust/accepted"] == 0
     assert torch.equal(flat(flat_world.parameters), before)
+
+
+def test_a_step_that_is_broken_off_leaves_the_policy_as_it_was() -> None:
+    world = World(Tabular(3, 2, seed=1))
+    before = flat(world.parameters)
+    calls = iter(range(5))
+
+    def until_stopped() -> list[Tensor]:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return list(world.land.kl_gradient())
+
+    with pytest.raises(KeyboardInterrupt):
+        natural_step(EXACT, replace(world.land, kl_gradient=until_stopped))
+    assert torch.equal(flat(world.parameters), before)
+
+
+def test_numbers_that_are_none_are_no_step() -> None:
+    world = World(Tabular(3, 2, seed=1))
+    before = flat(world.parameters)
     unreal = replace(world.land, loss_and_kl=lambda: (math.nan, math.nan))
-    assert natural_step(EXACT, unreal)["trust/accepted"] == 0
+    assert take(EXACT, unreal)["trust/accepted"] == 0
     assert torch.equal(flat(world.parameters), before)
 
 
 def test_the_cost_is_the_one_that_is_stated() -> None:
     world = World(TinyTransformer(3, 2, seed=1, width=3))
     region = TrustRegion(cg_iterations=6)
-    found = natural_step(region, world.land)
+    found = take(region, world.land)
     lines = 2 * (2 + found["trust/backtracks"])  # loss and KL, at the start and at each length
     assert world.passes <= 1 + 2 * region.cg_iterations + lines + 2 * 6
     assert world.passes >= 1 + 2 * region.cg_iterations
@@ -175,7 +203,7 @@ def test_float32_is_enough() -> None:
     rough.reward_R, rough.old_R, rough.old_RTV = exact.reward_R.float(), exact.old_R.float(), exact.old_RTV.float()
     region = TrustRegion()
     for world in (exact, rough):
-        assert natural_step(region, world.land)["trust/accepted"] == 1
+        assert take(region, world.land)["trust/accepted"] == 1
     assert torch.allclose(exact.policy.log_probs(), rough.policy.log_probs().double(), atol=5e-3)
 
 

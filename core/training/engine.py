@@ -19,6 +19,7 @@ from prefzoo.algorithm import Stage, Term
 from prefzoo.data.samples import Samples, loss_mask
 from prefzoo.feedback import RewardSource
 from prefzoo.models.load import end_ids
+from prefzoo.models.reference import follower
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.roles import Scores as ModelScores
 from prefzoo.models.teacher import with_teacher
@@ -38,6 +39,7 @@ from prefzoo.training.guards import Monitor, Watchdog, gradient_norms, not_finit
 from prefzoo.training.metrics import Meter, RunLog
 from prefzoo.training.records import build_record, cells, rows_of, wanted
 from prefzoo.training.stopping import Stopping
+from prefzoo.training.updates import Landscape, natural_step, put
 
 
 class NonFiniteError(RunError):
@@ -128,6 +130,13 @@ class Engine(Collector):
         modules: dict[str, Any] = {POLICY: policy, REWARD: scorer, HEADS: heads, **self.critics}
         self.trained = {role: self._trained(role, modules[role]) for role in stage.trains}
         self.rollouts = rollout_engine(policy, end_ids(tokenizer, policy.model)) if stage.on_policy else None
+        self.before: Policy | None = None  # the policy before an update that is held to it
+        if stage.update is not None:
+            if not config.precision == config.dtype == "float32":
+                raise UsageError(
+                    "a trust region takes differences of gradients, which need precision='float32' and dtype='float32'."
+                )
+            self.before = follower(policy)
         self.now = Meter()  # of this step
         self.mine = Meter()  # what this process has measured of its share since the processes last agreed
         self.window = Meter()  # since the last logging
@@ -349,25 +358,36 @@ class Engine(Collector):
             if self.place:  # all its optimizer steps were taken before the run was stopped
                 return
             samples = self._collect(step, total)
-        rows = len(samples)
-        if rows == 0:
+        walk = self._walk(step, samples)
+        if not walk:
             self.now.add("skipped_steps", 1.0)
             return
-        parts = schedule.minibatches
-        if schedule.minibatch_rows is not None:
-            parts = max(1, round(rows / schedule.minibatch_rows))
-        pieces = min(parts, rows)
-        last = schedule.inner_epochs * pieces
-        while self.place < last:
-            inner, number = divmod(self.place, pieces)
-            done = (inner + number / parts) / schedule.inner_epochs
-            batch = samples
-            if parts > 1:
-                batch = samples.take(np.array_split(self._order(f"inner {step}", inner, rows), pieces)[number])
-            self.buffer = samples if self.place + 1 < last else None
+        while self.place < len(walk):
+            done, rows = walk[self.place]
+            batch = samples if rows is None else samples.take(rows)
+            self.buffer = samples if self.place + 1 < len(walk) else None
             self.watchdog.doing(f"forward and backward of step {step + 1}")
             if not self._optimizer_step(batch, (step + done) / total, self.spent.optimizer_steps):
                 return  # the samples are not those of the weights that it went back to
+
+    def _walk(self, step: int, samples: Samples) -> list[tuple[float, np.ndarray | None]]:
+        """The optimizer steps of a rollout step, pass by pass: the share of it that is done before each, and its rows
+        (None: all). Where samples have a column ``passes``, a row is in the first so many passes only."""
+        schedule, passes_B = self.stage.schedule, samples.columns.get("passes")
+        walk: list[tuple[float, np.ndarray | None]] = []
+        for inner in range(schedule.inner_epochs):
+            mine = None if passes_B is None else np.flatnonzero(passes_B.numpy() > inner)
+            rows = len(samples) if mine is None else len(mine)
+            parts = schedule.minibatches
+            if schedule.minibatch_rows is not None:
+                parts = max(1, round(rows / schedule.minibatch_rows))
+            chosen = [mine]
+            if parts > 1 and rows:
+                order = self._order(f"inner {step}", inner, rows)
+                chosen = [*np.array_split(order if mine is None else mine[order], min(parts, rows))]
+            done = [(inner + number / parts) / schedule.inner_epochs for number in range(len(chosen))]
+            walk += zip(done, chosen if rows else [], strict=False)
+        return walk
 
     # ------------------------------------------------------------------------------------ evaluation
 
@@ -458,6 +478,7 @@ class Engine(Collector):
             for role, t in self.trained.items()
         }
         reasons = not_finite(losses, {role: float(norm) for role, norm in norms.items()})
+        there = None if self.stage.update is None or reasons else self._natural_step(batches, plans, shared, sizes)
         with self.stopping.hold():
             self.spent.trained_tokens += int(sum(loss_mask(b, b.mask_BT()).sum() for b in batches.values()))
             went_back = False
@@ -465,7 +486,7 @@ class Engine(Collector):
                 self.bad_in_a_row = 0
                 for term, value in losses.items():
                     self.now.add(term, value)
-                self._step(progress, number, norms)
+                self._step(progress, number, norms, there)
                 for controller in self.stage.controllers.values():
                     if controller.follows in shared:
                         controller.update(float(shared[controller.follows]), len(main))
@@ -563,15 +584,19 @@ class Engine(Collector):
         count, weights = rows_of(term.loss, rows)
         return term.counted.size(count, cells(term.loss, rows), weights)
 
-    def _step(self, progress: float, number: int, norms: Mapping[str, Tensor]) -> None:
+    def _step(self, progress: float, number: int, norms: Mapping[str, Tensor], there: Tensor | None = None) -> None:
+        """One step of every optimizer; of the policy to ``there``, where an update of its own has found it."""
         factor = learning_rate_factor(progress, number, self.config)
         self.whole = False
         for role, trained in self.trained.items():
             for group in trained.optimizer.param_groups:
                 group["lr"] = trained.peak * factor
-            if self.config.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(trained.parameters.values(), self.config.max_grad_norm, norms[role])
-            trained.optimizer.step()
+            if role == POLICY and there is not None:
+                put([*trained.parameters.values()], there)
+            else:
+                if self.config.max_grad_norm is not None:
+                    nn.utils.clip_grads_with_norm_(trained.parameters.values(), self.config.max_grad_norm, norms[role])
+                trained.optimizer.step()
             trained.module.follow()
             beside = critic_of_role(role) is not None or role == HEADS
             self.now.add(f"grad_norm/{role}" if beside else "grad_norm", float(norms[role]))
@@ -582,6 +607,64 @@ class Engine(Collector):
         if self.moving is not None and not each_round and self.spent.optimizer_steps % self.moving.every == 0:
             assert self.reference is not None
             self.moving.follow(self.reference, self.policy)
+
+    def _natural_step(
+        self,
+        batches: Mapping[str, Samples],
+        plans: Mapping[str, list[np.ndarray]],
+        shared: Mapping[str, Tensor],
+        sizes: Mapping[int, float],
+    ) -> Tensor:
+        """Where the trust region of the stage's update leads; the policy's gradients are there, summed."""
+        assert self.stage.update is not None and self.before is not None
+        self.watchdog.doing(f"the trust region of step {self.step + 1}")
+        policy, mine = self.trained[POLICY], self.mine
+        parameters = [*policy.parameters.values()]
+        with torch.no_grad():
+            for name, parameter in self.before.named_parameters():
+                if name in policy.parameters:
+                    parameter.copy_(policy.parameters[name])
+        rows = {name: [batch.take(micro) for micro in plans[name]] for name, batch in batches.items()}
+        tokens = len(batches["main"].completions.flat)
+
+        def gradients() -> list[Tensor]:
+            return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+        def kl_gradient() -> list[Tensor]:
+            policy.optimizer.zero_grad(set_to_none=True)
+            for part in rows["main"]:
+                (self._moved_by(part) / tokens).backward()
+            self.processes.sum_gradients(parameters)
+            return gradients()
+
+        def loss_and_kl() -> tuple[float, float]:
+            loss = sum(
+                term.weight * float(total) / max(sizes[id(term)], 1e-30)
+                for name, parts in rows.items()
+                for part in parts
+                for role, totals in self._losses(name, part, shared)
+                for term, total, _ in totals
+                if role == POLICY
+            )
+            kl = sum(float(self._moved_by(part)) for part in rows["main"]) / tokens
+            both = zip(*self.processes.gather((loss, kl)), strict=True)
+            return tuple(map(sum, both))  # type: ignore[return-value]
+
+        self.mine = Meter()  # its passes are not the run's to tell
+        try:
+            there, found = natural_step(self.stage.update, Landscape(parameters, gradients, kl_gradient, loss_and_kl))
+        finally:
+            self.mine = mine
+        for name, value in found.items():
+            self.now.add(name, value)
+        return there
+
+    def _moved_by(self, part: Samples) -> Tensor:
+        """KL(before ‖ policy), exact over the vocabulary, summed over the tokens of these rows."""
+        tree = TreeBatch.of(part, self.device)
+        with self._autocast():
+            scores = self.policy(tree, temperature=self.temperature, want=frozenset({"kl"}), other=self.before)
+        return scores.kl_C.sum()
 
     def _not_finite(self, reasons: Sequence[str], why: str) -> bool:
         """The step is not taken: say why, and stop, skip it or go back (true)."""

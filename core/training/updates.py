@@ -30,34 +30,42 @@ class Landscape:
 
 
 @torch.no_grad()
-def natural_step(region: TrustRegion, land: Landscape) -> dict[str, float]:
-    """Move the parameters by one step of the trust region; how it went, by name.
+def natural_step(region: TrustRegion, land: Landscape) -> tuple[Tensor, dict[str, float]]:
+    """Where a step of the trust region leads, and how it went, by name. The parameters are left as they were.
 
-    ``trust/kl``: mean KL(old ‖ π) per token of the step taken, in nats; ``trust/improvement``: by how much the loss
-    fell; ``trust/backtracks``: lengths that were refused before; ``trust/accepted``: 0 where none was taken, and the
-    parameters are what they were.
+    ``trust/kl``: mean KL(old ‖ π) per token of the step, in nats; ``trust/improvement``: by how much the loss falls;
+    ``trust/backtracks``: lengths that were refused before; ``trust/accepted``: 0 where none was good, and the step
+    leads nowhere.
     """
     origin = flat(land.parameters)
+    try:
+        found = _line_search(region, land, origin)
+    finally:  # also where a signal ends the run: what it leaves is a whole state
+        put(land.parameters, origin)
+    if found is None:
+        return origin, {"trust/kl": 0.0, "trust/improvement": 0.0, "trust/accepted": 0.0}
+    return found
+
+
+def _line_search(region: TrustRegion, land: Landscape, origin: Tensor) -> tuple[Tensor, dict[str, float]] | None:
     with torch.enable_grad():
         gradient = flat(land.gradient())
-    none = {"trust/kl": 0.0, "trust/improvement": 0.0, "trust/backtracks": 0.0, "trust/accepted": 0.0}
     if not gradient.any():
-        return none
-    fisher = Fisher(region, land, origin)
-    step, curvature = conjugate_gradients(fisher, -gradient, region.cg_iterations)
-    put(land.parameters, origin)
+        return None
+    step, curvature = conjugate_gradients(Fisher(region, land, origin), -gradient, region.cg_iterations)
     if not curvature > 0:  # also NaN
-        return none
+        return None
     step *= math.sqrt(2 * region.max_kl / curvature)
+    put(land.parameters, origin)
     before, _ = land.loss_and_kl()
     for refused in range(region.backtracks):
-        put(land.parameters, origin + region.shrink**refused * step)
+        there = origin + region.shrink**refused * step
+        put(land.parameters, there)
         after, kl = land.loss_and_kl()
         if kl <= region.max_kl and after < before:
             found = {"trust/kl": kl, "trust/improvement": before - after}
-            return {**found, "trust/backtracks": float(refused), "trust/accepted": 1.0}
-    put(land.parameters, origin)
-    return {**none, "trust/backtracks": float(region.backtracks)}
+            return there, {**found, "trust/backtracks": float(refused), "trust/accepted": 1.0}
+    return None
 
 
 class Fisher:
@@ -127,6 +135,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
+@torch.no_grad()
 def put(parameters: Sequence[nn.Parameter], vector: Tensor) -> None:
     """The inverse of :func:`flat`, in place."""
     for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
