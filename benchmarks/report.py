@@ -69,6 +69,14 @@ def verdicts(task: Result) -> dict[str, str]:
     return {p["a"]: p["verdict"] for p in task["pairs"]}
 
 
+def reasons(not_applicable: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names by the reason that they share."""
+    found: dict[str, list[str]] = {}
+    for name, reason in not_applicable.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
 def counts(task: Result) -> str:
     """How many methods there were, and what became of them; nobody is dropped."""
     trained = sum(m["group"] != "baseline" for m in task["methods"].values())
@@ -89,8 +97,8 @@ def markdown(results: Result) -> str:
     )
     template = environment.get_template("report.md.j2")
     return template.render(
-        r=results, groups=groups, large=large(results), verdicts=verdicts, counts=counts, rows=ranked, win=win_text,
-        mean=mean_text, points=points_text, interval=interval_text,
+        r=results, groups=groups, large=large(results), verdicts=verdicts, counts=counts, reasons=reasons, rows=ranked,
+        win=win_text, mean=mean_text, points=points_text, interval=interval_text,
         signed=signed_text, pct=lambda x: f"{100 * x:.1f} %",
     )  # fmt: skip
 
@@ -193,8 +201,9 @@ def terminal(results: Result, width: int = 120) -> str:
             )  # fmt: skip
         if large(results):
             console.print(f"  {counts(task)}", highlight=False)
-        for method_name, reason in task["not_applicable"].items():
-            console.print(f"  {method_name}: not applicable, {reason}", highlight=False)
+        none = task["not_applicable"]
+        for names, reason in [(", ".join(v), k) for k, v in reasons(none).items()] if large(results) else none.items():
+            console.print(f"  {names}: not applicable, {reason}", highlight=False)
         for cell, reason in task["failed"].items():
             console.print(f"  {cell} FAILED: {reason.strip().splitlines()[-1]}", highlight=False)
     return console.file.getvalue()  # type: ignore[attr-defined]
