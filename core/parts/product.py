@@ -1,7 +1,7 @@
 """Products: how answers are made with what a run has trained, where its weights alone do not say it.
 
 A product draws answers through :class:`Draw`, and is kept as ``final/decode.json`` beside the weights.
-``prefzoo.generate`` and all that samples through it obey that file; a library that loads the weights alone does not know
+``prefzoo.generate`` and all that samples through it obey that file; whatever loads the weights alone knows nothing
 of it.
 """
 
