@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,10 @@ class EnumerablePolicy(nn.Module, ABC):
     mask_RT: Tensor
     prefix_RT: Tensor  # number of the prefix before each token, in ``prefixes``
 
-    def __init__(self, vocabulary: int, length: int) -> None:
+    def __init__(self, vocabulary: int, length: int, strings: Sequence[tuple[int, ...]] | None = None) -> None:
         super().__init__()
         self.vocabulary, self.length = vocabulary, length
-        self.strings = all_strings(vocabulary, length)
+        self.strings = list(strings or all_strings(vocabulary, length))
         self.prefixes = sorted({s[:t] for s in self.strings for t in range(len(s))}, key=lambda p: (len(p), p))
         place = {prefix: i for i, prefix in enumerate(self.prefixes)}
         rows = range(len(self.strings))
@@ -97,10 +98,18 @@ class Tabular(EnumerablePolicy):
         length: tokens of the longest response; 1 makes every token a response.
         seed: of the random logits; the global stream is not touched.
         spread: their standard deviation.
+        strings: the responses, where they are not all strings.
     """
 
-    def __init__(self, vocabulary: int = 4, length: int = 1, seed: int = 0, spread: float = 1.0) -> None:
-        super().__init__(vocabulary, length)
+    def __init__(
+        self,
+        vocabulary: int = 4,
+        length: int = 1,
+        seed: int = 0,
+        spread: float = 1.0,
+        strings: Sequence[tuple[int, ...]] | None = None,
+    ) -> None:
+        super().__init__(vocabulary, length, strings)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(self.prefixes), vocabulary, generator=generator, dtype=torch.float64)
         self.table = nn.Parameter(spread * noise)

@@ -1,0 +1,339 @@
+"""What the run of every algorithm ends at, on the language model whose responses can be enumerated.
+
+A *claim* says where a run must end: at a distribution, known in closed form or computed without the engine, or at a
+higher expected reward, where a run with permuted feedback does not go. ``CLAIMS`` holds them by name; an algorithm that
+is not there gets the claim of its parts (:func:`claim_of`), and a registration may bring its own
+(``@register_algorithm(claim=Claim(...))``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import prefzoo.training.run as training
+from prefzoo.algorithm import Algorithm, Stage, Term
+from prefzoo.data.rows import Row
+from prefzoo.losses import Loss
+from prefzoo.models.roles import Scorer
+from prefzoo.parts.roles import REFERENCE, REWARD
+from prefzoo.parts.source import Rollouts
+from prefzoo.records import Likelihood, Pairs, Ranked, Ratings, Record, StepScores, Unpaired
+from prefzoo.theory.enumerable_lm import PROMPTS, RESPONSES, EnumerableWorld, laboratory_policy
+from prefzoo.theory.policies import EnumerablePolicy
+from prefzoo.theory.populations import minimise, pairs_of, unfrozen
+from prefzoo.theory.ranked import lists_of
+from prefzoo.theory.unpaired import singles_of
+from prefzoo.training.engine import Engine
+
+Target = Callable[[EnumerableWorld, Algorithm], Tensor]
+Rows = Callable[[EnumerableWorld], Sequence[Row]]
+
+BETA = 0.5
+# Of every run; a claim may change them. Learning rates this large are for a table.
+OFFLINE: dict[str, Any] = {"max_steps": 120, "learning_rate": 0.3, "rows_per_step": 10_000}
+SAMPLED: dict[str, Any] = {"max_steps": 80, "learning_rate": 0.15}
+ALWAYS: dict[str, Any] = {
+    "schedule": "linear", "final_learning_rate": 0.0, "warmup_steps": 0, "max_grad_norm": None,
+    "optimizer": "adamw", "logging_steps": 1_000, "quiet": True, "stuck_minutes": None, "device": "cpu",
+}  # fmt: skip
+SAMPLES = 64  # of a rollout step
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Where a run ends.
+
+    Args:
+        words: where, for people.
+        target: log-probabilities of the responses, (P, R); None: the expected reward rises. Of a reward model: scores.
+        within: largest total variation to the target, over the prompts; of a reward model the largest error.
+        share: without target, the least share of the way from the start's expected reward to the best response's; a
+            run with permuted feedback must not go a third of it.
+        options: of the algorithm, where its defaults do not show the claim; those that it does not have are left out.
+        settings: of the training.
+        rows: the data, where they are not simply everything of the algorithm's kind.
+    """
+
+    words: str
+    target: Target | None = None
+    within: float = 0.02
+    share: float = 0.5
+    options: Mapping[str, Any] = field(default_factory=lambda: {"beta": BETA})
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rows: Rows | None = None
+
+
+# ------------------------------------------------------------------------------------------------ targets
+
+
+def kl_optimum(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
+    """ref exp(r / beta), beta the algorithm's option of that name, or its ``kl``."""
+    return world.optimum(algorithm.options.get("beta", algorithm.options.get("kl", BETA)))
+
+
+def demonstrations(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
+    """The distribution that the demonstrations were drawn from."""
+    return world.optimum(BETA)
+
+
+def best_response(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
+    """All probability on the best response."""
+    return world.optimum(1e-3)
+
+
+def minimum(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
+    """The minimum of the loss over the whole population, prompt by prompt, in float64 and without the engine."""
+    (term,) = algorithm.stages[-1].terms
+    return torch.stack([_minimum(world, term, prompt) for prompt in range(len(PROMPTS))])
+
+
+def _minimum(world: EnumerableWorld, term: Term, prompt: int) -> Tensor:
+    start = laboratory_policy(world.log_probs()[prompt])
+    policy = unfrozen(start)
+    record = RECORDS[term.loss.family](world, term.loss, prompt)
+
+    def objective() -> Tensor:
+        batch = record(policy, start)
+        out = term.loss(batch)
+        return term.counted.total(out.loss, batch.loss_mask_BT if out.mask_BT is None else out.mask_BT, batch.weights)
+
+    minimise(policy.parameters(), objective)
+    return policy.log_probs().detach()
+
+
+Make = Callable[[EnumerablePolicy, EnumerablePolicy], Record]
+
+
+def _pairs(world: EnumerableWorld, loss: Loss, prompt: int) -> Make:
+    wins_RR, told_R = world.wins()[prompt], world.told_PR[prompt]
+    chosen_B, rejected_B = (~torch.eye(len(told_R), dtype=torch.bool)).nonzero().T
+    given = {
+        "margin_B": told_R[chosen_B] - told_R[rejected_B],
+        "probability_B": wins_RR[chosen_B, rejected_B],
+        "weight_B": wins_RR[chosen_B, rejected_B],
+    }
+    fields = {k: v for k, v in given.items() if k in (*loss.extras, "weight_B")}
+    return lambda policy, start: pairs_of(policy, start, chosen_B, rejected_B, **fields)
+
+
+def _unpaired(world: EnumerableWorld, loss: Loss, prompt: int) -> Make:
+    rate_R = world.win_rate()[prompt]
+    weight_B = torch.cat([rate_R, 1 - rate_R])
+    return lambda policy, start: replace(singles_of(policy, start), weight_B=weight_B)
+
+
+def _ranked(world: EnumerableWorld, loss: Loss, prompt: int) -> Make:
+    order = tuple(world.told_PR[prompt].argsort(descending=True).tolist())
+    return lambda policy, start: lists_of(policy, start, [order], world.told_PR[prompt])
+
+
+def _likelihood(world: EnumerableWorld, loss: Loss, prompt: int) -> Make:
+    def record(policy: EnumerablePolicy, start: EnumerablePolicy) -> Record:
+        logps_RT, mask_RT = policy.logps()
+        return Likelihood(logps_BT=logps_RT, mask_BT=mask_RT, scores_B=world.told_PR[prompt])
+
+    return record
+
+
+RECORDS: dict[type[Record], Callable[[EnumerableWorld, Loss, int], Make]] = {
+    Pairs: _pairs, Unpaired: _unpaired, Ranked: _ranked, Likelihood: _likelihood,
+}  # fmt: skip
+
+
+def chosen(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
+    """The distribution of the chosen responses."""
+    return world.win_rate().log().log_softmax(-1)
+
+
+def odds(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
+    """ref (P(desirable) / P(undesirable))^(1/beta)."""
+    return (world.log_probs() + torch.logit(world.win_rate()) / BETA).log_softmax(-1)
+
+
+def even(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
+    """All responses alike."""
+    return torch.zeros_like(world.rewards_PR).log_softmax(-1)
+
+
+def truth(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
+    """The rewards themselves, of a reward model."""
+    return world.rewards_PR
+
+
+# ------------------------------------------------------------------------------------------------ claims
+
+
+def worse_half(world: EnumerableWorld) -> list[Row]:
+    """Pairs of the five worst responses: the policy is better than its data."""
+    worst = world.told_PR.sort(-1).values[:, 4]
+    told = {(p, r): world.told_PR[i, j] <= worst[i] for i, p in enumerate(PROMPTS) for j, r in enumerate(RESPONSES)}
+    rows = world.rows("pairs", weighted=False)
+    return [row for row in rows if told[row["prompt"], row["chosen"]] and told[row["prompt"], row["rejected"]]]
+
+
+OPTIMUM = Claim("the KL-regularised optimum ref exp(r/β)", kl_optimum)
+MINIMUM = Claim("the minimum of its population loss, computed without the engine", minimum)
+RISES = Claim("more reward")
+BEST = Claim("the best response", best_response, within=0.15)
+SCORES = Claim("the true rewards of Bradley-Terry labels", truth, within=0.02)
+SCALED = Claim("the true rewards up to a factor, as the data hold no ties", truth, within=0.02)
+
+CLAIMS: dict[str, Claim] = {
+    **dict.fromkeys(("dpo", "pl_dpo", "all_pairs_dpo", "reward_aware_rpo"), OPTIMUM),
+    "exo": replace(OPTIMUM, options={"beta": BETA, "reward_beta": 1.0}, rows=lambda world: world.rows("rankings")),
+    "sft": Claim("the policy that wrote the demonstrations", demonstrations),
+    **dict.fromkeys(
+        ("cdpo", "robust_dpo", "ipo", "ipo_sum", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "sppo_soft",
+         "discopop", "length_dpo", "odpo", "rpo_nll", "tdpo1", "tdpo2", "cpo", "cpo_hinge", "cpo_ipo", "simpo",
+         "cpo_simpo", "alphapo", "orpo", "dpo_norm", "dpop", "slic_hf", "apo_zero", "apo_zero_unpaired",
+         "weighted_sft", "filtered_sft"), MINIMUM),
+    "nca": replace(MINIMUM, options={"beta": 1.0, "alpha": BETA}, rows=lambda world: world.rows("rankings")),
+    **dict.fromkeys(("chosen_nll", "prompt_chosen_nll"), Claim("the distribution of the chosen responses", chosen)),
+    "bco": Claim("ref (P(desirable) / P(undesirable))^(1/β), but for the shift that all prompts share", odds, 0.12),
+    "kto": replace(RISES, words="what the majority calls desirable", share=0.6),
+    "hinge": replace(RISES, words="wider margins, and then nothing more", share=0.4),
+    "aot": replace(RISES, share=0.6),
+    "aot_unpaired": replace(RISES, share=0.6),
+    "apo_down": Claim("what the data do not hold, as the start is better than they are", share=0.3, rows=worse_half),
+    "lipo": replace(RISES, words="the order of the scores, without an optimum", share=0.7),
+    "dft": replace(RISES, words="the likeliest demonstrations alone", share=0.3),
+    "rloo": replace(OPTIMUM, options={"kl": BETA}),
+    "ppo": replace(
+        OPTIMUM, within=0.06, options={"kl": BETA, "inner_epochs": 1}, settings={"max_steps": 80},
+        words="the KL-regularised optimum ref exp(r/β), but for the bias of λ and of a critic that learns",
+    ),
+    "kl_penalty": Claim(
+        "the reference", demonstrations, options={}, settings={"reference": lambda world: world.teacher}
+    ),
+    "entropy_bonus": Claim("the even policy", even),
+    **dict.fromkeys(("davidson", "rao_kupper"), SCALED),
+    "process_reward": Claim("the probability that the last step is right", lambda w, a: w.win_rate(), 0.05),
+}  # fmt: skip
+
+
+def claim_of(algorithm: Algorithm, tags: Mapping[str, Any]) -> Claim:
+    """The claim of an algorithm: by its name, by its registration, or by its parts."""
+    if algorithm.name in CLAIMS:
+        return CLAIMS[algorithm.name]
+    if isinstance(tags.get("claim"), Claim):
+        return tags["claim"]
+    if algorithm.trains_reward:
+        return SCORES
+    if algorithm.stages[0].on_policy and REFERENCE not in algorithm.needs:
+        return BEST
+    return replace(RISES, share=0.3)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a run showed of a claim."""
+
+    holds: bool
+    words: str
+
+
+def prove(make: Callable[..., Algorithm], known: Mapping[str, Any], claim: Claim, world: EnumerableWorld) -> Evidence:
+    """Train on the world, and compare where it ends.
+
+    Args:
+        make: the algorithm of some options.
+        known: the options that it has.
+    """
+    algorithm = sized(make(**{k: v for k, v in claim.options.items() if k in known}))
+    settings = {k: v(world) if callable(v) else v for k, v in claim.settings.items()}
+    run = lambda world: fit(world, algorithm, claim.rows and claim.rows(world), **settings).run  # noqa: E731
+    ended = run(world)
+    if ended.scorer is not None:
+        assert claim.target is not None
+        return _scored(world, algorithm, ended.scorer, claim)
+    end_PR, start_PR = world.log_probs(ended.policy), world.log_probs()
+    if claim.target is not None:
+        target_PR = claim.target(world, algorithm)
+        before, after = (total_variation(x, target_PR) for x in (start_PR, end_PR))
+        words = f"ends at {claim.words}: total variation {before:.2f} at the start, {after:.4f} at the end"
+        return Evidence(after <= claim.within, f"{words} (at most {claim.within:g})")
+    gained, control = (world.gained(x) for x in (end_PR, world.log_probs(run(world.control()).policy)))
+    words = f"goes {gained:.2f} of the way to the best reward (at least {claim.share:g}), {claim.words}"
+    holds = gained >= claim.share and control <= claim.share / 3
+    return Evidence(holds, f"{words}; with permuted feedback {control:.2f} (at most {claim.share / 3:.2f})")
+
+
+def _scored(world: EnumerableWorld, algorithm: Algorithm, scorer: Scorer, claim: Claim) -> Evidence:
+    assert claim.target is not None
+    target_PR = claim.target(world, algorithm)
+    if any(t.loss.family is StepScores for s in algorithm.stages for t in s.terms):
+        scores_PR = world.step_scores(scorer)
+    else:
+        scores_PR = world.scores(scorer)
+        if all(t.loss.family is not Ratings for s in algorithm.stages for t in s.terms):  # comparisons know no zero
+            scores_PR, target_PR = (x - x.mean(-1, keepdim=True) for x in (scores_PR, target_PR))
+    scale = 1.0
+    if claim is SCALED:
+        scale = float((scores_PR * target_PR).sum() / scores_PR.square().sum().clamp(min=1e-30))
+        scores_PR = scale * scores_PR
+    error = float((scores_PR - target_PR).abs().max())
+    words = f"scores are {claim.words}: largest error {error:.4f} (at most {claim.within:g})"
+    return Evidence(error <= claim.within and scale > 0, words)
+
+
+def total_variation(mine_PR: Tensor, theirs_PR: Tensor) -> float:
+    """The larger one of the prompts."""
+    return float((mine_PR.exp() - theirs_PR.exp()).abs().sum(-1).max() / 2)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A finished run and the engines of its stages."""
+
+    run: training.Run
+    engines: tuple[Engine, ...]
+
+
+def fit(world: EnumerableWorld, algorithm: Algorithm, rows: Sequence[Row] | None = None, **settings: Any) -> Ended:
+    """A run on the world, with the roles that the algorithm needs."""
+    stages = algorithm.stages
+    given: dict[str, Any] = {}
+    if any(REWARD in s.needs and REWARD not in s.trains for s in stages):
+        given["reward"] = world.reward
+    if "teacher" in algorithm.needs:
+        given["teacher"] = world.teacher
+    arguments = {**ALWAYS, **(SAMPLED if stages[0].on_policy else OFFLINE), **given, **settings}
+    data = world.rows_for(algorithm) if rows is None else rows
+    steps = training.Steps(algorithm, model=world.start, tokenizer=world.words, dataset=data, **arguments)
+    engines: dict[int, Engine] = {}
+    with steps.stopping, steps:
+        for step in steps:
+            if steps.engine is not None:
+                engines[step.stage] = steps.engine
+        return Ended(steps.finish(), tuple(engines.values()))
+
+
+def sized(algorithm: Algorithm, samples: int = SAMPLES, group: int | None = None) -> Algorithm:
+    """The algorithm with rollouts as short as the responses, so many at a time, in groups of at most ``group``."""
+
+    def stage(stage: Stage) -> Stage:
+        source = stage.source
+        if not isinstance(source, Rollouts):
+            return stage
+        size = source.group_size if group is None else min(source.group_size, group)
+        prompts = max(2, samples // size)
+        schedule = replace(stage.schedule, prompts=min(stage.schedule.prompts, prompts))
+        return replace(stage, source=replace(source, max_new_tokens=4, group_size=size), schedule=schedule)
+
+    return with_stages(algorithm, stage)
+
+
+def with_stages(algorithm: Algorithm, change: Callable[[Stage], Stage]) -> Algorithm:
+    """The same algorithm with its stages changed."""
+    changed = copy.copy(algorithm)
+    changed.stages = tuple(map(change, algorithm.stages))
+    return changed
