@@ -84,17 +84,14 @@ def opo(**sampling: Any) -> Algorithm:
 
 
 @register_algorithm(paper="arXiv:2601.05242", recommended={"learning_rate": 1e-6}, shared=GROUPED)
-def gdpo(
-    *, objectives: int = 2, weights: tuple[float, ...] | None = None, clip: NotNegative = 0.2, **sampling: Any
-) -> Algorithm:
+def gdpo(*, weights: tuple[float, ...] | None = None, clip: NotNegative = 0.2, **sampling: Any) -> Algorithm:
     """GDPO: GRPO for several rewards, each standardised within its group before they are added.
 
         A_i = standardised over the batch: sum_k w_k (R_ik - mean_k) / (std_k + 1e-4)
         loss = - mean over tokens of min(rho A_i, clip(rho, 1 - clip, 1 + clip) A_i)
 
     Args:
-        objectives: how many rewards ``reward=[...]`` gives.
-        weights: w, one for each; None: all 1.
+        weights: w, one for each reward of ``reward=[...]``; None: all 1.
         clip: range of the ratio rho = pi/pi_old.
 
     KL: none by default; k3 in the loss otherwise.
@@ -107,9 +104,9 @@ def gdpo(
 
         prefzoo.train("gdpo", model="my-model", dataset="problems.jsonl", reward=["numeric", my_format], max_steps=100)
     """
-    if objectives < 1 or (weights is not None and len(weights) != objectives):
-        raise UsageError(f"gdpo: weights must be one number for each of the objectives={objectives}, got {weights!r}.")
     if sampling["missing_eos_penalty"]:
         raise UsageError("gdpo: missing_eos_penalty has no place among several rewards; give a reward for the end.")
     parts = grouped("clipped_surrogate", sampling, count="token", clip=clip)
-    return Algorithm(**parts | {"feedback": Objectives(objectives), "credit": Decoupled(weights)})
+    return Algorithm(
+        **parts | {"feedback": Objectives(None if weights is None else len(weights)), "credit": Decoupled(weights)}
+    )

@@ -50,14 +50,14 @@ class Verifier(Reward):
 
 @dataclass(frozen=True)
 class Objectives:
-    """Each of the run's rewards by itself, (B, K): ``reward=[...]`` in this order, with its weight."""
+    """Each of the run's rewards by itself, (B, K): ``reward=[...]`` in this order, with its weight. None: any number."""
 
-    count: int
+    count: int | None = None
     needs: frozenset[str] = frozenset({REWARD})
 
     def __call__(self, samples: Samples, roles: Roles) -> Tensor:
         scores_BK = roles.objectives(samples)
-        if scores_BK.shape[1] != self.count:
+        if self.count is not None and scores_BK.shape[1] != self.count:
             raise UsageError(f"reward: expected a list of {self.count} rewards, got {scores_BK.shape[1]}.")
         return scores_BK
 
