@@ -48,7 +48,9 @@ Source = DatasetRows | Rollouts
 class Feedback(Protocol):
     """Who says what is good: scores (B,) of completions, (B, K) of several objectives, NaN where nobody said any.
 
-    One with ``revises = True`` changes the completions first: ``revise(samples, roles) -> Samples``.
+    One with ``revises = True`` changes the completions first: ``revise(samples, roles) -> Samples``; its
+    ``measure(before, after)``, where it has it, says what the log is to say. ``check(source)``, where it has it, refuses
+    a reward that cannot serve.
     """
 
     @property
@@ -194,6 +196,10 @@ class Stage:
             raise UsageError("a stage needs at least one term.")
         for term in self.terms:
             self._check_term(term)
+        if self.gives == "advantages" and not any(takes(t.loss) == self.gives for t in self.terms):
+            loss, part = self.terms[0].loss, type(self.credit).__name__
+            cure = CURES.get((takes(loss), self.gives), "choose another credit")
+            raise UsageError(f"credit {part} gives advantages, which loss {loss.name!r} does not take; {cure}.")
         if isinstance(self.source, Rollouts):
             self._check_rollouts(self.source)
         else:

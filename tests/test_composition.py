@@ -126,24 +126,31 @@ def test_parts_that_do_not_fit_say_how_they_would(name: str) -> None:
 def test_every_algorithm_constructs_and_describes_itself(name: str) -> None:
     algorithm = create_algorithm(name)
     text = repr(algorithm)
-    assert text.startswith(f"<algorithm {name}(") and type(algorithm.stages[0].source).__name__ in text
-    for term in algorithm.stages[0].terms:
+    assert text.startswith(f"<algorithm {name}(")
+    assert all(type(stage.source).__name__ in text for stage in algorithm.stages)
+    terms = [term for stage in algorithm.stages for term in stage.terms]
+    assert terms or algorithm.product is not None
+    for term in terms:
         assert f"{term.loss.name}/{term.counted.unit}->{term.trains}" in text
     for key, value in algorithm.options.items():
         assert f"{key}={value!r}" in text
-    assert {"policy", "reference", "reward", "critic"} >= algorithm.needs
+    roles = {"policy", "reference", "reward", "teacher", "heads"}
+    assert {role for role in algorithm.needs if not role.startswith("critic")} <= roles
     assert set(algorithm.recommended) <= set(TrainConfig.model_fields)
-    assert algorithm.sources.keys() == {name} | {f"loss:{t.loss.name}" for t in algorithm.stages[0].terms}
+    made_of = {name} | {f"loss:{t.loss.name}" for t in terms}
+    assert algorithm.sources.keys() == made_of | {f"modifier:{m.name}" for t in terms for m, _ in t.loss.modifiers}
 
 
 # Functions to call: no source of rows gives their records.
-TO_CALL = ("awr", "hpo", "forward_kl", "reverse_kl", "gkd", "ilql_q", "ilql_v", "ilql_cql", "step_dpo", "tpo")
+TO_CALL = tuple(n for n in ("step_dpo", "tpo") if n not in list_algorithms())
+TERMS = ("clipped_value", "ilql_q", "ilql_v", "ilql_cql")  # of a critic, of heads
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES.names() if n not in ("clipped_value", *TO_CALL)])
+@pytest.mark.parametrize("name", [n for n in LOSSES.names() if n not in (*TERMS, *TO_CALL)])
 def test_a_loss_is_an_algorithm_of_its_name(name: str) -> None:
     algorithm = create_algorithm(name)
-    assert name in list_algorithms() and name in {t.loss.name for t in algorithm.stages[0].terms}
+    assert name in list_algorithms() and algorithm.stages
+    assert name in ALGORITHMS or name in {t.loss.name for t in algorithm.stages[0].terms}
 
 
 @pytest.mark.parametrize("name", TO_CALL)
@@ -153,10 +160,13 @@ def test_a_loss_whose_records_nobody_makes_is_no_algorithm(name: str) -> None:
         create_algorithm(name)
 
 
-def test_a_critics_loss_alone_is_no_algorithm() -> None:
-    assert "clipped_value" not in list_algorithms()
-    with pytest.raises(UsageError, match=r"term of an algorithm \(see ppo\)"):
-        create_algorithm("clipped_value")
+@pytest.mark.parametrize("name", TERMS)
+def test_a_critics_loss_and_that_of_heads_alone_are_no_algorithms(name: str) -> None:
+    assert name not in list_algorithms()
+    with pytest.raises(
+        UsageError, match=rf"term of an algorithm \(see {name.partition('_')[0].replace('clipped', 'ppo')}\)"
+    ):
+        create_algorithm(name)
 
 
 def test_stages_hold_what_was_given() -> None:
@@ -424,7 +434,7 @@ def test_a_policy_gradient_loss_takes_the_options_of_its_sampling() -> None:
     algorithm = create_algorithm("cispo", clip_high=2.0, group_size=4, prompts_per_step=2, max_new_tokens=16)
     (stage,) = algorithm.stages
     assert (stage.source.group_size, stage.source.max_new_tokens, stage.schedule.prompts) == (4, 16, 2)
-    assert stage.terms[0].loss.options == {"clip_high": 2.0}
+    assert stage.terms[0].loss.options["clip_high"] == 2.0
     assert algorithm.options["temperature"] == 1.0 and algorithm.options["group_size"] == 4
     with pytest.raises(UsageError, match=r"expected int, got 2\.5"):
         create_algorithm("cispo", group_size=2.5)
