@@ -389,7 +389,8 @@ def _reward_of(made: Algorithm, params: Params, inputs: Inputs, tokenizer: Any) 
     reward: Any = world.exact_reward if checked else inputs["reward_model"] / "run" / "final"
     if s["permuted"]:
         reward = Permuted(reward, tokenizer, derive_seed(params["seed"], "permuted rewards"))
-    many = max((stage.feedback.count for stage in made.stages if isinstance(stage.feedback, Objectives)), default=1)
+    several = (stage.feedback for stage in made.stages if isinstance(stage.feedback, Objectives))
+    many = max((feedback.count or 1 for feedback in several), default=1)
     return reward if many == 1 else [reward, *[Flattery(world)] * (many - 1)]
 
 

@@ -50,7 +50,10 @@ class Verifier(Reward):
 
 @dataclass(frozen=True)
 class Objectives:
-    """Each of the run's rewards by itself, (B, K): ``reward=[...]`` in this order, with its weight. None: any number."""
+    """Each of the run's rewards by itself, (B, K): ``reward=[...]`` in this order, with its weight.
+
+    ``count``: how many there must be; None: any number.
+    """
 
     count: int | None = None
     needs: frozenset[str] = frozenset({REWARD})
