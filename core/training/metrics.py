@@ -91,7 +91,7 @@ class RunLog:
     def __init__(self, folder: Path | None, title: str, quiet: bool = False) -> None:
         self.folder = folder
         self.title = title
-        self.total = 0
+        self.total, self.before = 0, 0
         self.quiet = quiet
         self.history: list[dict[str, Any]] = []
         self._started = time.monotonic()
@@ -112,9 +112,9 @@ class RunLog:
             self._task = self._bar.add_task(self.title, total=None, numbers="")
         return self
 
-    def begin(self, total: int, done: int = 0) -> None:
-        """A stage of so many steps begins, or goes on."""
-        self.total = total
+    def begin(self, total: int, done: int = 0, before: int = 0) -> None:
+        """A stage of so many steps begins, or goes on; ``before``: steps of the stages before it."""
+        self.total, self.before = total, before
         if self._bar is not None:
             self._bar.reset(self._task, total=total, completed=done)
 
@@ -186,7 +186,7 @@ class RunLog:
         self.history.append(row)
         self._append("metrics.jsonl", row)
         for tracker in self._trackers:
-            tracker.log(values, step=step)
+            tracker.log(values, step=self.before + step)
 
     def _numbers(self, values: Mapping[str, float]) -> str:
         return "  ".join(f"{k.rpartition('/')[2]} {values[k]:.4g}" for k in self.SHOWN if k in values)

@@ -217,6 +217,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], file: Path, title: str, no
         note("no curves.png: matplotlib is not installed.")
         return
     have = {name for row in history for name in row}
+    places = _in_a_row([row["step"] for row in history])
     panels = {t: [n for n in names if {n, f"eval/{n}"} & have] for t, names in PANELS.items()}
     panels = {t: names for t, names in panels.items() if names}
     if not panels:
@@ -228,7 +229,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], file: Path, title: str, no
     for axis, (panel, names) in zip(axes, panels.items(), strict=False):
         for color, name in enumerate(names):
             for prefix, style in (("", "-"), ("eval/", "--")):
-                points = [(r["step"], r[prefix + name]) for r in history if prefix + name in r]
+                points = [(x, r[prefix + name]) for x, r in zip(places, history, strict=True) if prefix + name in r]
                 if points:
                     label = name if not prefix or name not in have else None
                     marker = "o" if len(points) < 30 else None
@@ -246,6 +247,20 @@ def draw_curves(history: Sequence[Mapping[str, Any]], file: Path, title: str, no
     evaluated = any(name.startswith("eval/") for name in have)
     figure.suptitle(title + (" (dashed: evaluation)" if evaluated else ""), fontsize=11)
     figure.savefig(file, dpi=130)
+
+
+def _in_a_row(steps: Sequence[int]) -> list[int]:
+    """Steps that begin anew with each stage, counted on.
+
+    >>> _in_a_row([0, 1, 2, 0, 1])
+    [0, 1, 2, 2, 3]
+    """
+    places, before, last = list[int](), 0, 0
+    for step in steps:
+        before += last if step < last else 0
+        last = step
+        places.append(before + step)
+    return places
 
 
 # ------------------------------------------------------------------------------------------------- the hub

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -175,6 +176,7 @@ class Steps:
         self.best: dict[str, Any] | None = None
         self.result: Run | None = None
         self._waited = 0  # evaluations since the best one
+        self._ends = False  # a callback has ended the run
         self.number = 0  # of the stage that runs
         self._before = 0  # steps of the stages before it
         self._good: int | None = None  # the checkpoint to go back to
@@ -393,7 +395,7 @@ class Steps:
             self._take_over(None)
         else:
             going_on = self._go_on(engine, start, tensors)
-        self.log.begin(total, engine.step)
+        self.log.begin(total, engine.step, self._before)
         if start is None:
             if engine.optimizer_steps <= engine.config.warmup_steps and settings.learning_rate > 0:
                 self.log.note(
@@ -407,17 +409,17 @@ class Steps:
             if settings.on_nonfinite == "rollback":
                 self._save_checkpoint(engine)
         if not going_on:
-            return False
+            return not self._ends
         for step, values, logged in engine.run():
-            evaluation, going_on = None, True
+            evaluation, going_on, ends = None, True, False
             if held is not None and (step % every == 0 or step == total):
                 evaluation = self._evaluate(engine, held, step)
                 going_on = settings.patience is None or self._waited < settings.patience
             if logged is not None:
                 self.watchdog.doing(f"callbacks after step {step}")
                 answers = [call(step, self.policy, logged) for call in self.callbacks]
-                going_on = going_on and not any(answer is True for answer in answers)
-            going_on = self._mark(engine, going_on)
+                ends = any(answer is True for answer in answers)
+            going_on = self._mark(engine, going_on and not ends, ends)
             if self._is_due(step, total):
                 self._save_checkpoint(engine)
             self.watchdog.idle()
@@ -425,7 +427,7 @@ class Steps:
             if not going_on:
                 if step < total:
                     self.log.note(f"stopped after step {step} of {total}, as asked.")
-                return False
+                return not self._ends  # patience is with a stage, a callback ends the run
         return True
 
     # ------------------------------------------------------------------------------------ checkpoints
@@ -465,15 +467,18 @@ class Steps:
             self.log.go_on(facts["log"])
         engine.load_state(tensors, facts)
         self.best, self._waited, self._good, going_on = (engine.kept[k] for k in ("best", "waited", "good", "going_on"))
+        self._ends = engine.kept.get("ends", False)
         self._saved = self.number, engine.marked
         if self.settings.on_nonfinite == "rollback" and self._good is None:  # the policy was another one
             self._save_checkpoint(engine)
         return going_on or any(d.place in LONGER for d in differences(self.record, start.facts["record"]))
 
-    def _mark(self, engine: Engine, going_on: bool) -> bool:
-        """A step is done; whether every process goes on after it."""
-        going_on = all(engine.agree(going_on))
-        engine.kept = {"best": self.best, "waited": self._waited, "good": self._good, "going_on": going_on}
+    def _mark(self, engine: Engine, going_on: bool, ends: bool = False) -> bool:
+        """A step is done; whether every process goes on with the stage after it. ``ends``: nor with the run."""
+        answers = engine.agree((going_on, ends))
+        going_on, self._ends = all(on for on, _ in answers), any(ended for _, ended in answers)
+        engine.kept = {"best": self.best, "waited": self._waited, "good": self._good, "going_on": going_on,
+                       "ends": self._ends}  # fmt: skip
         engine.mark()
         return going_on
 
@@ -516,7 +521,8 @@ class Steps:
                 names = () if self.policy.adapter is not None else dict(self.policy.named_parameters())
                 keys = {f"policy/{name}": name.removeprefix("model.") for name in names}
                 self.log.sync()
-                checkpoint.write(self.folder, number, tensors | self._stage_start, about, self._save_model, keys)
+                save = functools.partial(self._save_model, scorer=self.scorer)
+                checkpoint.write(self.folder, number, tensors | self._stage_start, about, save, keys)
                 checkpoint.prune(self.folder, self.settings.save_total_limit, self._good)
             self._saved = self.number, engine.marked
             cost = time.monotonic() - started
@@ -574,6 +580,8 @@ class Steps:
         if metric not in values and self.best is not None:  # such as a reward that nobody gave this time
             self._waited += 1
             return values
+        if metric not in values and self.number + 1 < len(self.algorithm.stages):  # stages differ in what they measure
+            return values
         if metric not in values:
             raise UsageError(
                 f"best_metric: no metric {metric!r}{suggest(metric, values)} There are: {', '.join(values)}."
@@ -620,18 +628,23 @@ class Steps:
     def _save(self, name: str) -> Path:
         """The model as it is, as a folder; an older one of that name is replaced only when the new one is whole."""
         assert self.folder is not None
-        module = self.scorer or self.policy
+        module = self._made or self.policy
         if not all(bool(torch.isfinite(p).all()) for p in module.parameters() if p.requires_grad):
             self.log.say("the weights are not finite: an earlier step was too large for them. Lower the learning rate.")
         with self.stopping.hold(), replacing_folder(self.folder / name) as aside:
-            self._save_model(aside, merge=self.settings.merge)
+            self._save_model(aside, self._made, merge=self.settings.merge)
         return self.folder / name
 
-    def _save_model(self, folder: Path, merge: bool = False) -> None:
+    @property
+    def _made(self) -> Scorer | None:
+        """The reward model, if that is what the run is to make; one of an earlier stage than the last is a means."""
+        return self.scorer if self.algorithm.trains_reward else None
+
+    def _save_model(self, folder: Path, scorer: Scorer | None, merge: bool = False) -> None:
         random = rng_state()  # how often a run writes is no part of it, and a new head is drawn before it is filled
         try:
-            if self.scorer is not None:
-                save_scorer(self.scorer, self.tokenizer, folder, note=self.log.note)
+            if scorer is not None:
+                save_scorer(scorer, self.tokenizer, folder, note=self.log.note)
             else:
                 save_policy(self.policy, self.tokenizer, folder, merge=merge)
             if self.engine is not None and self.engine.heads is not None:

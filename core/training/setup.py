@@ -283,12 +283,20 @@ def reward_source(
             "folder of a reward model (prefzoo train reward_model ... makes one)."
         )
     source = resolve_reward(reward, tokenizer, device, weights=weights)
+    for stage in algorithm.stages:
+        getattr(stage.feedback, "check", _any_will_do)(source)
+        if REWARD in stage.trains:  # later stages are judged by what this one makes
+            break
     if any(isinstance(s.feedback, Verifier) for s in algorithm.stages) and not source.verifies:
         raise UsageError(
             f"algorithm {algorithm.name!r} needs a verifier (a function that checks answers), not a reward model; "
             "for a reward model use 'grpo'."
         )
     return source
+
+
+def _any_will_do(source: RewardSource) -> None:
+    """Feedback that takes every reward."""
 
 
 def check_columns(stage: Stage, samples: Samples, source: str) -> None:
