@@ -23,11 +23,13 @@ from prefzoo.algorithm import Algorithm, Schedule, algorithm_entry, create_algor
 from prefzoo.data.tokens import tokenise
 from prefzoo.feedback import ModelReward
 from prefzoo.losses import create_loss
+from prefzoo.models.heads import QHeads, new_heads
 from prefzoo.models.load import learn_tokenizer, load_scorer, new_critic, new_scorer, save_scorer, tiny_model
 from prefzoo.models.reference import weights_hash
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.tree import TreeBatch, pack_rows
 from prefzoo.parts.credit import GroupRelative, LeaveOneOut
+from prefzoo.parts.reference import Moving
 from prefzoo.records import RankedScores, Ratings, Scores, side_of
 from prefzoo.training import NonFiniteError, Run
 from prefzoo.training.engine import Engine
@@ -52,6 +54,8 @@ DATA = {
                for i, r in enumerate(PAIRS) for side in ("chosen", "rejected")],
     "steps": [{"prompt": r["prompt"], "completions": [r["chosen"], r["rejected"]], "labels": [True, i % 2 == 0]}
               for i, r in enumerate(PAIRS)],
+    "labelled": [{"prompt": r["prompt"], "completion": r[side], "label": side == "chosen", "score": 0.1 * i * len(side)}
+                 for i, r in enumerate(PAIRS) for side in ("chosen", "rejected")],
 }  # fmt: skip
 SEVEN = ("dpo", "ipo", "kto", "ppo", "rejection_sampling", "grpo", "rlvr")
 NAMES = prefzoo.list_algorithms()
@@ -81,9 +85,16 @@ class Start:
 
     def fit(self, algorithm: str | Algorithm, dataset: Any = None, **options: Any) -> Run:
         chosen = small(algorithm) if isinstance(algorithm, str) else algorithm
-        dataset = DATA.get(chosen.data, PAIRS) if dataset is None else dataset
-        if chosen.stages[0].on_policy:
+        reads = {column for s in chosen.stages for column in getattr(s.credit, "reads", ())}
+        kind = "labelled" if chosen.data == "unpaired" and reads else chosen.data
+        dataset = DATA.get(kind, PAIRS) if dataset is None else dataset
+        if chosen.asks_for_reward:
             options.setdefault("reward", count_a)
+        if "teacher" in chosen.needs:
+            writes = chosen.stages[0].source.needs  # one whose answers end
+            options.setdefault("teacher", self.model if "teacher" in writes else self.other)
+        if isinstance(chosen.stages[0].reference, Moving):  # it starts at the policy's start
+            options.pop("reference", None)
         if dataset is PAIRS:
             dataset = with_numbers(chosen)
         return prefzoo.train(chosen, model=self.model, tokenizer=self.words, dataset=dataset, **{**QUICK, **options})
@@ -94,7 +105,8 @@ def small(name: str, **options: Any) -> Algorithm:
     algorithm = create_algorithm(name, **options)
     stage = algorithm.stages[0]
     if stage.on_policy:
-        size = max(3, stage.source.group_size) if "group_size" in options else 3
+        several = stage.source.share == 1 and stage.source.temperature > 0
+        size = 1 if not several else max(3, stage.source.group_size) if "group_size" in options else 3
         source = replace(stage.source, group_size=size, max_new_tokens=10)
         schedule = Schedule(4, stage.schedule.inner_epochs, stage.schedule.minibatches)
         algorithm.stages = (replace(stage, source=source, schedule=schedule),)
@@ -161,7 +173,7 @@ def test_any_split_into_micro_batches_gives_the_same_weights(
     moved = []
     for budget in (100_000, 64, 1):
         start.fit(small(name, **options), tokens_per_batch=budget, reference=start.other)
-        before = {"policy": flat(start.model), **{r: flat(fresh(r, start)) for r in ("reward", "critic")}}
+        before = {"policy": flat(start.model), **{r: flat(fresh(r, start)) for r in ("reward", "critic", "heads")}}
         moved.append({role: flat(t.module) - before[role] for role, t in engines[-1].trained.items()})
     for role, whole in moved[0].items():
         assert whole.norm() > 1e-4, f"the {role} does not move: nothing is proved"
@@ -203,7 +215,9 @@ def test_the_kl_of_tdpo_is_to_the_given_reference(start: Start, engines: list[En
     assert logged[1]["seq_kl/chosen"] == pytest.approx(0.0, abs=1e-5)
 
 
-def fresh(role: str, start: Start) -> Scorer:
+def fresh(role: str, start: Start) -> Scorer | QHeads:
+    if role == "heads":
+        return new_heads(Policy(start.model))
     return (new_critic if role == "critic" else new_scorer)(Policy(start.model))
 
 
@@ -224,10 +238,10 @@ def test_garbage_in_masked_cells_changes_nothing(
         nonlocal poisoned_cells
         record, fields = engine_module_build(*args), {}
         for key, value in record.tensors().items():
-            if key.endswith(("_BT", "_PKT")) and "mask" not in key:
+            if key.endswith(("_BT", "_PKT", "_BTV")) and "mask" not in key:
                 side = f"{side_of(key)}_" if side_of(key) else ""
-                mask_BT = getattr(record, f"{side}mask_{key.rpartition('_')[2]}")
-                fields[key] = torch.where(mask_BT, value, torch.nan)
+                mask_BT = getattr(record, f"{side}mask_{key.rpartition('_')[2].removesuffix('V')}")
+                fields[key] = torch.where(mask_BT[..., None] if key.endswith("V") else mask_BT, value, torch.nan)
                 poisoned_cells += int((~mask_BT).sum())
         return replace(record, **fields)
 
@@ -334,6 +348,8 @@ def test_the_caller_is_left_alone_and_has_no_say(name: str, start: Start) -> Non
 HOLDS = {
     "reward_model": {"reward"}, "rlvr": {"reward"}, "rejection_sampling": {"reward"}, "rloo": {"reward", "reference"},
     "grpo": {"reward", "reference"}, "kl_penalty": {"reward", "reference"}, "ppo": {"reward", "reference", "critic"},
+    **{name: {"reference"} for name in ("mpo", "fdpo", "tr_dpo", "hpo")}, "ilql": {"heads"},
+    **{name: {"teacher"} for name in ("gkd", "minillm", "seqkd")},
     **dict.fromkeys(
         ("chosen_nll", "prompt_chosen_nll", "cpo", "cpo_hinge", "cpo_ipo", "cpo_simpo", "simpo", "alphapo", "orpo",
          "slic_hf"), frozenset()),
@@ -341,9 +357,9 @@ HOLDS = {
 OF_FAMILY = {
     "Pairs": {"reference"}, "Unpaired": {"reference"}, "Scores": {"reward"}, "PolicyGradient": {"reward"},
     "Likelihood": set(), "Ranked": {"reference"}, "RankedScores": {"reward"}, "Ratings": {"reward"},
-    "StepScores": {"reward"},
+    "StepScores": {"reward"}, "Distribution": {"teacher"},
 }  # fmt: skip
-LIVE = ("tdpo1", "tdpo2")  # they need the reference's distribution, which no stored number has
+LIVE = ("tdpo1", "tdpo2", "tr_dpo")  # of the reference's distribution, or of one that moves, no number can be stored
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -376,8 +392,11 @@ def test_only_the_trained_roles_move(name: str, start: Start, engines: list[Engi
         "policy": not torch.equal(flat(engine.policy), flat(start.model)),
         "judge": judge is not None and not torch.equal(flat(judge.trunk), flat(Policy(start.other).model.base_model)),
         "reference": engine.reference is not None and not torch.equal(flat(engine.reference), flat(start.other)),
+        "teacher": engine.teacher is not None
+        and not any(torch.equal(flat(engine.teacher), flat(m)) for m in (start.other, start.model)),
     }
-    assert moved == {"policy": "policy" in engine.trained, "judge": False, "reference": False}
+    moving = engine.moving is not None
+    assert moved == {"policy": "policy" in engine.trained, "judge": False, "reference": moving, "teacher": False}
     frozen = [m for m in (engine.reference, judge) if m is not None]
     assert not any(p.requires_grad or p.grad is not None for m in frozen for p in m.parameters())
 
