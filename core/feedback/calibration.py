@@ -50,16 +50,16 @@ class Calibration:
     before: Quality
     after: Quality
     bins: tuple[dict[str, float], ...]  # of the reliability figure: which, from, to, pairs, confidence, accuracy
+    held_out: bool  # whether other pairs were measured than fitted
     folder: Path | None = None
 
     def lines(self) -> list[str]:
         """In words."""
-        out = [f"temperature {self.temperature:.4g}, fitted on {self.fitted_on} pairs; on {self.before.pairs} others:"]
+        where = f"measured on {self.before.pairs} others" if self.held_out else "and measured on the same"
+        out = [f"temperature {self.temperature:.4g}, fitted on {self.fitted_on} pairs, {where}:"]
         out.append(f"{'':10}{'NLL':>9}{'accuracy':>11}{'ECE':>9}")
         for name, q in (("before", self.before), ("after", self.after)):
             out.append(f"{name:10}{q.nll:>9.4f}{q.accuracy:>11.4f}{q.ece:>9.4f}")
-        if self.fitted_on == self.before.pairs:
-            out[0] = f"temperature {self.temperature:.4g}, fitted and measured on the same {self.fitted_on} pairs:"
         return out
 
 
@@ -133,7 +133,7 @@ def calibrate(
     held = (difference, label) if share == 1 else read(measured)
     found = Calibration(
         temperature, len(difference), quality(*held), quality(held[0] / temperature, held[1]),
-        (*_bins("before", *held), *_bins("after", held[0] / temperature, held[1])), folder,
+        (*_bins("before", *held), *_bins("after", held[0] / temperature, held[1])), share < 1, folder,
     )  # fmt: skip
     if folder is not None:
         original = scorer.scale.clone()

@@ -299,7 +299,7 @@ def read_verdict(text: str, words: tuple[str, str]) -> float | None:
     line = next((piece for piece in reversed(text.splitlines()) if piece.strip()), "")[-1000:]
     names = "|".join(re.escape(word) for word in (*words, TIE))
     found = {m.upper() for m in re.findall(rf"\[\[\s*({names})\s*\]\]", line, re.IGNORECASE)}
-    if not found:
+    if not found and "[[" not in line:  # a mark that is cut off, or holds something else
         lead = r"(?:(?:my |the |final )*(?:verdict|answer|winner)(?: is)?\W+)?"
         alone = re.fullmatch(rf"[\W_]*{lead}({names})[\W_]*", line.strip(), re.IGNORECASE)
         found = {alone[1].upper()} if alone else set()

@@ -439,13 +439,14 @@ def _open_reward_model(source: str, tokenizer: PreTrainedTokenizerBase, device: 
     """One that reads the policy's ids, where each means the same to it and it scores a last token; else the text."""
     from prefzoo.feedback.text import TextReward
 
-    source = run_model(source)
+    given, source = Path(source), run_model(source)
     try:
         own = open_tokenizer(source)
     except UsageError:
         open_classifier(source)  # without a model either, that is what is at fault
         raise
-    name, only_ids = Path(source).name, (Path(source) / f"{REWARD_FILE}.json").exists()
+    name = given.parent.name if given.name in ("final", "best") else given.name  # of a run, the run's
+    name, only_ids = name or given.name, (Path(source) / f"{REWARD_FILE}.json").exists()
     same = same_tokens(tokenizer, own)
     if only_ids and not same:
         raise UsageError(f"reward model {source!r} has another tokenizer than the policy; train one on this model.")
