@@ -21,7 +21,7 @@ from prefzoo.algorithm import Algorithm, Stage, Term
 from prefzoo.data.rows import Row
 from prefzoo.losses import Loss
 from prefzoo.models.roles import Scorer
-from prefzoo.parts.roles import REFERENCE, REWARD
+from prefzoo.parts.roles import REFERENCE, TEACHER
 from prefzoo.parts.source import Rollouts
 from prefzoo.records import Likelihood, Pairs, Ranked, Ratings, Record, StepScores, Unpaired
 from prefzoo.theory.enumerable_lm import PROMPTS, RESPONSES, EnumerableWorld, laboratory_policy
@@ -166,7 +166,25 @@ def truth(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
     return world.rewards_PR
 
 
+def rest_against_mixture(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
+    """ref exp(P(y beats the mixture) / kl): where nash_md rests, by damped iteration of that equation."""
+    kl, share, tau = (algorithm.options[name] for name in ("kl", "mixture", "tau"))
+    reference_PR, wins_PRR = world.log_probs(), (world.rewards_PR[:, :, None] - world.rewards_PR[:, None]) / tau
+    log_PR = reference_PR
+    for _ in range(500):
+        other_PR = ((1 - share) * log_PR + share * reference_PR).softmax(-1)
+        rate_PR = (wins_PRR.sigmoid() @ other_PR[..., None])[..., 0]
+        log_PR = (0.8 * log_PR + 0.2 * (reference_PR + rate_PR / kl).log_softmax(-1)).log_softmax(-1)
+    return log_PR
+
+
 # ------------------------------------------------------------------------------------------------ claims
+
+
+def drawn_demonstrations(world: EnumerableWorld) -> list[Row]:
+    """About a hundred of each prompt, each response as often as it is likely: for what samples rows of the data."""
+    rows = world.rows("completions")
+    return [{k: row[k] for k in ("prompt", "completion")} for row in rows for _ in range(round(11 * row["weight"]))]
 
 
 def worse_half(world: EnumerableWorld) -> list[Row]:
@@ -177,10 +195,12 @@ def worse_half(world: EnumerableWorld) -> list[Row]:
     return [row for row in rows if told[row["prompt"], row["chosen"]] and told[row["prompt"], row["rejected"]]]
 
 
+SOFT = {"beta": BETA, "soft_labels": "rewards"}  # labels by Bradley and Terry: with hard ones there is no optimum
 OPTIMUM = Claim("the KL-regularised optimum ref exp(r/β)", kl_optimum)
 MINIMUM = Claim("the minimum of its population loss, computed without the engine", minimum)
 RISES = Claim("more reward")
-BEST = Claim("the best response", best_response, within=0.15)
+CONSTANT = {"learning_rate": 0.1, "schedule": "constant"}
+BEST = Claim("the best response", best_response, within=0.05, settings=CONSTANT)
 SCORES = Claim("the true rewards of Bradley-Terry labels", truth, within=0.02)
 SCALED = Claim("the true rewards up to a factor, as the data hold no ties", truth, within=0.02)
 
@@ -190,10 +210,12 @@ CLAIMS: dict[str, Claim] = {
     "sft": Claim("the policy that wrote the demonstrations", demonstrations),
     **dict.fromkeys(
         ("cdpo", "robust_dpo", "ipo", "ipo_sum", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "sppo_soft",
-         "discopop", "length_dpo", "odpo", "rpo_nll", "tdpo1", "tdpo2", "cpo", "cpo_hinge", "cpo_ipo", "simpo",
+         "length_dpo", "odpo", "rpo_nll", "tdpo1", "tdpo2", "cpo", "cpo_hinge", "cpo_ipo", "simpo",
          "cpo_simpo", "alphapo", "orpo", "dpo_norm", "dpop", "slic_hf", "apo_zero", "apo_zero_unpaired",
          "weighted_sft", "filtered_sft"), MINIMUM),
-    "nca": replace(MINIMUM, options={"beta": 1.0, "alpha": BETA}, rows=lambda world: world.rows("rankings")),
+    "discopop": replace(MINIMUM, settings={"learning_rate": 0.1}),  # it has several
+    "reward_regression": Claim("the ratings", truth, within=0.03, settings={"learning_rate": 0.1}),
+    "nca": replace(MINIMUM, options={"beta": BETA, "alpha": BETA}, rows=lambda world: world.rows("rankings")),
     **dict.fromkeys(("chosen_nll", "prompt_chosen_nll"), Claim("the distribution of the chosen responses", chosen)),
     "bco": Claim("ref (P(desirable) / P(undesirable))^(1/β), but for the shift that all prompts share", odds, 0.12),
     "kto": replace(RISES, words="what the majority calls desirable", share=0.6),
@@ -212,6 +234,23 @@ CLAIMS: dict[str, Claim] = {
         "the reference", demonstrations, options={}, settings={"reference": lambda world: world.teacher}
     ),
     "entropy_bonus": Claim("the even policy", even),
+    "online_dpo": replace(OPTIMUM, options=SOFT, within=0.05),
+    "xpo": replace(OPTIMUM, options=SOFT, within=0.05),
+    "iterative_dpo": replace(
+        OPTIMUM, options={**SOFT, "reference": "start"}, within=0.06, settings={"max_steps": 60}
+    ),
+    "rso": replace(OPTIMUM, options={**SOFT, "pairs": "all"}, within=0.05, settings={"max_steps": 60}),
+    "rs_dpo": replace(
+        RISES, options={"beta": BETA, "threshold": 0.6, "epochs_per_round": 1}, settings={"max_steps": 20}
+    ),
+    "sppo_iterative": replace(RISES, options={"epochs_per_round": 4}, settings={"max_steps": 12}),
+    "spin": Claim(
+        "the policy that wrote the demonstrations", demonstrations, 0.08, options={}, settings={"max_steps": 50},
+        rows=drawn_demonstrations,
+    ),
+    "nash_md": Claim(
+        "its rest point ref exp(P(y beats the mixture)/kl)", rest_against_mixture, 0.08, options={"kl": 0.2}
+    ),
     **dict.fromkeys(("davidson", "rao_kupper"), SCALED),
     "process_reward": Claim("the probability that the last step is right", lambda w, a: w.win_rate(), 0.05),
 }  # fmt: skip
@@ -225,7 +264,7 @@ def claim_of(algorithm: Algorithm, tags: Mapping[str, Any]) -> Claim:
         return tags["claim"]
     if algorithm.trains_reward:
         return SCORES
-    if algorithm.stages[0].on_policy and REFERENCE not in algorithm.needs:
+    if algorithm.on_policy and REFERENCE not in algorithm.needs:
         return BEST
     return replace(RISES, share=0.3)
 
@@ -300,13 +339,14 @@ class Ended:
 
 def fit(world: EnumerableWorld, algorithm: Algorithm, rows: Sequence[Row] | None = None, **settings: Any) -> Ended:
     """A run on the world, with the roles that the algorithm needs."""
-    stages = algorithm.stages
     given: dict[str, Any] = {}
-    if any(REWARD in s.needs and REWARD not in s.trains for s in stages):
+    if algorithm.asks_for_reward:
         given["reward"] = world.reward
-    if "teacher" in algorithm.needs:
+    if TEACHER in algorithm.needs:
         given["teacher"] = world.teacher
-    arguments = {**ALWAYS, **(SAMPLED if stages[0].on_policy else OFFLINE), **given, **settings}
+    arguments = {**ALWAYS, **(SAMPLED if algorithm.on_policy else OFFLINE), **given, **settings}
+    if arguments["schedule"] == "constant":
+        arguments.pop("final_learning_rate")
     data = world.rows_for(algorithm) if rows is None else rows
     steps = training.Steps(algorithm, model=world.start, tokenizer=world.words, dataset=data, **arguments)
     engines: dict[int, Engine] = {}
