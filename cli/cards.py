@@ -33,9 +33,8 @@ from prefzoo.training.config import ONLY_DATASET, TrainConfig
 # What ``list losses`` shows, by the word that lists it alone: losses, and the functions around them.
 AROUND: dict[str, Registry] = {"losses": LOSSES, "modifiers": MODIFIERS, "credits": CREDITS, "estimators": ESTIMATORS}
 KINDS = ("algorithms", *AROUND)
-# Columns of the table of algorithms, and the width from which on all are shown; below it the first four.
-MADE_OF = (*COLUMNS, "needs", "paper")
-ALL_COLUMNS = 150
+# Columns of the table of algorithms by the width of the terminal: below the first, from it on, from the second on.
+MADE_OF = {0: ("source", "credit", "terms"), 100: COLUMNS[:4], 150: (*COLUMNS, "needs", "paper")}
 
 GIVES = {"advantages": "advantages", "rows": "rows to keep", "rewards": "rewards of tokens"}
 READS = {"logps": "two log-probabilities of a token", "logits": "logits of policy and reference"}
@@ -78,8 +77,8 @@ def show_list(kind: str, pattern: str, imports: Iterable[Path], as_json: bool, i
 
 
 def _table_of_algorithms(rows: Iterable[Mapping[str, Any]], width: int) -> Table:
-    """One line of parts for each stage; a narrow terminal gets the first columns only."""
-    columns = MADE_OF if width >= ALL_COLUMNS else MADE_OF[:4]
+    """One line of parts for each stage; a narrow terminal gets fewer columns."""
+    columns = MADE_OF[max(least for least in MADE_OF if least <= width)]
     shown = table(*columns, first="name")
     for row in rows:
         also = {"needs": ", ".join(row["needs"]), "paper": (row["paper"] or "").removeprefix("arXiv:")}
@@ -442,7 +441,7 @@ def table(*columns: str, first: str) -> Table:
     shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     shown.add_column(first, style="bold", no_wrap=True)
     for column in columns:
-        shown.add_column(column, no_wrap=column in ("paper", "kind", "default"))
+        shown.add_column(column, no_wrap=column in ("paper", "kind", "default"), overflow="fold")
     return shown
 
 

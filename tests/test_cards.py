@@ -16,10 +16,11 @@ import pytest
 from rich.console import Console
 
 import prefzoo.theory
-from prefzoo.algorithm import ALGORITHMS, list_algorithms
+from prefzoo.algorithm import ALGORITHMS, create_algorithm, list_algorithms
 from prefzoo.benchmarks import runner
-from prefzoo.cli import cards, main
+from prefzoo.cli import cards, composition, main
 from prefzoo.losses.base import CREDITS, ESTIMATORS, LOSSES, MODIFIERS, LossEntry
+from prefzoo.parts.options import DOC
 from prefzoo.records import FAMILIES
 from prefzoo.registry import Entry, Registry
 from prefzoo.testing import CHECKS
@@ -182,13 +183,55 @@ def test_a_list_can_be_read_in_any_terminal(
 ) -> None:
     """What an entry is takes three lines at most, and nothing is cut off."""
     monkeypatch.setattr(cards, "wide_console", lambda: Console(width=width))
-    code, out, _ = command("list", kind)
+    code, out, _ = command("list", kind, *(["--lines"] if kind == "algorithms" else []))
     names = re.findall(r"^(\S+)", out, re.M)[1:]
     assert code == 0 and "…" not in out and max(map(len, out.splitlines())) <= width
     assert {*names} >= {*(list_algorithms() if kind == "algorithms" else LOSSES.names())}
     assert (
         max(len(part.splitlines()) for part in re.split(r"^(?=\S)", out, flags=re.M)) <= 4
     )  # an empty line may end it
+
+
+@pytest.mark.parametrize("width", [80, 120, 160])
+def test_the_table_of_algorithms_can_be_read_in_any_terminal(
+    command: Command, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """A narrow terminal gets fewer columns; nothing is cut off, and one stage fills eight lines at most."""
+    monkeypatch.setattr(cards, "wide_console", lambda: Console(width=width))
+    code, out, _ = command("list", "algorithms")
+    assert code == 0 and "…" not in out and max(map(len, out.splitlines())) <= width
+    assert out.splitlines()[0].split() == ["name", *cards.MADE_OF[{80: 0, 120: 100, 160: 150}[width]]]
+    parts = {part.split()[0]: part.splitlines() for part in re.split(r"^(?=\S)", out, flags=re.M)[1:]}
+    assert set(parts) == {"name", *list_algorithms()}
+    for row in (cards.algorithm_facts(name) for name in list_algorithms()):
+        assert len(parts[row["name"]]) <= 8 * len(row["stages"]), row["name"]
+
+
+@pytest.mark.parametrize("name", list_algorithms())
+def test_what_the_table_says_follows_from_the_parts(name: str) -> None:
+    algorithm = create_algorithm(name)
+    facts = cards.algorithm_facts(name)
+    assert len(facts["stages"]) == max(1, len(algorithm.stages))
+    for stage, row in zip(algorithm.stages, facts["stages"], strict=False):
+        assert all(row[column] for column in composition.COLUMNS)
+        assert (row["reference"] != composition.NONE) == ("reference" in stage.needs)
+        assert set(row["count"].split(", ")) == {t.counted.unit for t in stage.terms}
+        assert [t.loss.name in row["terms"] for t in stage.terms] == [True] * len(stage.terms)
+        assert set(re.findall(r"→ ([\w:]+)", row["terms"])) == {*stage.trains} - {"policy"}
+        assert ("rollout" in row["source"]) == stage.on_policy
+    assert "policy" not in facts["needs"] and {*facts["needs"]} - {"verifier"} <= algorithm.needs
+    verified = "verifier" in [row["feedback"] for row in facts["stages"]]
+    assert ("verifier" in facts["needs"]) == verified
+    for column in composition.COLUMNS:
+        assert facts[column].split(" → ")[0] == facts["stages"][0][column].split(" → ")[0]
+
+
+def test_options_that_are_shared_are_explained_on_the_card(command: Command) -> None:
+    out = command("show", "rloo", "--quick")[1]
+    facts = json.loads(command("show", "rloo", "--quick", "--json")[1])
+    assert facts["shared"]["group_size"] == DOC["group_size"] and facts["options"]["group_size"] == 4
+    assert re.search(r"^ +group_size +completions sampled per prompt", out, re.M)
+    assert "completions sampled per prompt" in cards.card_page(cards.algorithm_facts("rloo", whole=True))
 
 
 def test_list_losses_lists_what_stands_around_them_too(command: Command) -> None:
