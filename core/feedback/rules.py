@@ -27,6 +27,7 @@ from prefzoo.yaml_numbers import read_yaml
 
 Way = Literal["sum", "minimum", "product"]
 KINDS = ("pattern", "function", "question")
+SETS = Path(__file__).parent / "rule_sets"
 
 
 @dataclass(frozen=True)
@@ -272,13 +273,20 @@ def _rule(name: str, given: Any) -> Rule:
     return rule
 
 
+def _rule_file(name: str) -> Path:
+    """The file of a set of the package (``sparrow``), or the user's own."""
+    ours = SETS / f"{name}.yaml"
+    return ours if name in {file.stem for file in SETS.glob("*.yaml")} else Path(name)
+
+
 @SOURCES.register
 def rules(
     file: Any, *, combine: Way = "sum", model: Any = None, endpoint: str | None = None, key_env: str = "OPENAI_API_KEY",
     cache: str | None = None, max_calls: int | None = None, concurrency: int = 8, timeout: float = 60.0,
     retries: int = 5, logprobs: bool = False, max_tokens: int = 1024,
 ) -> Rules:  # fmt: skip
-    """Rules of a YAML file, ``rules(rules.yaml, model=my-judge)``: name -> the fields of :class:`Rule`.
+    """Rules of a YAML file, ``rules(rules.yaml, model=my-judge)``: name -> the fields of :class:`Rule`; or a set of the
+    package, ``rules(sparrow, model=my-judge)``: Sparrow's in our words, each a violation.
 
     ``model`` and ``endpoint`` answer rules that are questions, with the options that ``judge(...)`` has.
     """
@@ -286,7 +294,7 @@ def rules(
         "key_env": key_env, "cache": cache, "max_calls": max_calls, "concurrency": concurrency, "timeout": timeout,
         "retries": retries, "logprobs": logprobs, "max_tokens": max_tokens,
     }  # fmt: skip
-    given = file if isinstance(file, Mapping) else read_yaml(Path(str(file)))
+    given = file if isinstance(file, Mapping) else read_yaml(_rule_file(str(file)))
     answers: Oracle | None = None
     if model is not None or endpoint is not None:
         answers = oracle_of("rules", model, endpoint, transport)
