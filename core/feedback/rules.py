@@ -270,7 +270,7 @@ def _rule(name: str, given: Any) -> Rule:
     number = isinstance(rule.weight, int | float) and not isinstance(rule.weight, bool) and np.isfinite(rule.weight)
     if rule.weight is not None and not number:
         raise UsageError(f"rule {name!r}, weight: expected a number, got {rule.weight!r}.")
-    return rule
+    return replace(rule, weight=rule.weighs)
 
 
 def _rule_file(name: str) -> Path:
