@@ -391,11 +391,12 @@ class Algorithm:
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
-        steps = [_describe(s) for s in self.stages] + ([repr(self.product)] if self.product is not None else [])
+        steps = [stage_in_words(s) for s in self.stages] + ([repr(self.product)] if self.product is not None else [])
         return f"<algorithm {self.name}({options}): {' -> '.join(steps)}>"
 
 
-def _describe(stage: Stage) -> str:
+def stage_in_words(stage: Stage) -> str:
+    """Its parts by their names, and its terms."""
     terms = " + ".join(f"{t.weight:g} {t.loss.name}/{t.counted.unit}->{t.trains}" for t in stage.terms)
     parts = [type(p).__name__ for p in (stage.source, stage.feedback, stage.keep, stage.credit) if p is not None]
     return f"{' x '.join(parts)} x {{{terms}}}"

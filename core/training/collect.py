@@ -18,6 +18,7 @@ from prefzoo.parts.credit import sequence_kl
 from prefzoo.parts.reference import EachRound
 from prefzoo.parts.roles import REFERENCE, REWARD, TEACHER, critic_of_role, of_critic
 from prefzoo.parts.source import Rollouts
+from prefzoo.processes import ALONE
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Finish, LoopEngine, Sampling, rollout_engine
 from prefzoo.seeds import derive_seed, generator
@@ -199,7 +200,7 @@ class Collector(Crew):
 
     def _alone(self, score: Callable[[Samples], Tensor], samples: Samples) -> Tensor:
         """A score of samples that this process alone has."""
-        together, self.processes = self.processes, type(self.processes)()
+        together, self.processes = self.processes, ALONE
         try:
             return score(samples)
         finally:
@@ -237,7 +238,8 @@ class Collector(Crew):
             samples, scores, scores_B = samples.take(main.numpy()), scores[main], scores_B[main]
         known_B = ~scores_B.isnan()
         add("reward", scores_B[known_B])
-        add("reward_missing", (~known_B).float())
+        if REWARD in self.stage.feedback.needs or bool(known_B.any()):
+            add("reward_missing", (~known_B).float())
         length_B = torch.from_numpy(samples.completions.lengths).float()
         add("completions/mean_length", length_B)
         add("completions/clipped_ratio", (samples.columns["finish"] == Finish.LENGTH).float())

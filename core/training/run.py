@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefzoo.algorithm import Algorithm, Stage
+from prefzoo.algorithm import Algorithm, Stage, stage_in_words
 from prefzoo.data.samples import Samples
 from prefzoo.feedback import ModelReward
 from prefzoo.files import replacing_folder
@@ -37,6 +37,7 @@ from prefzoo.parts.product import read_product, write_product
 from prefzoo.parts.roles import HEADS, REFERENCE, REWARD, TEACHER
 from prefzoo.processes import Processes
 from prefzoo.registry import RunError, UsageError, suggest
+from prefzoo.seeds import derive_seed
 from prefzoo.training import checkpoint, output, setup
 from prefzoo.training.checkpoint import Checkpoint
 from prefzoo.training.config import TrainConfig
@@ -373,6 +374,10 @@ class Steps:
         self.engine, self.number = None, number
         if number > 0:
             self._start_of_stage(tensors)
+        if len(self.algorithm.stages) > 1:
+            self.log.note(f"stage {number + 1} of {len(self.algorithm.stages)}: {stage_in_words(stage)}")
+        if number > 0:  # other prompts and other samples than those of the stage before
+            settings = settings.model_copy(update={"seed": derive_seed(settings.seed, "stage", number)})
         engine, held = setup.make_engine(
             stage, settings, policy=self.policy, tokenizer=self.tokenizer, data=self.data, held_out=self.held_out,
             ptx=self.ptx, reward=self.judge or self.source, anchor=self.anchor, teacher=self.teacher,
