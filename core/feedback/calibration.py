@@ -170,14 +170,14 @@ def fit_temperature(difference: np.ndarray, label: np.ndarray | None = None) -> 
             "calibrate: on these pairs the reward model is no better than a coin, which no temperature cures: were the "
             "chosen and the rejected side exchanged, or is it a model of another kind of data?"
         )
+    if np.where(difference > 0, label == 1, (label == 0) | (difference == 0)).all():
+        raise UsageError(
+            f"calibrate: all {len(difference)} pairs are in the right order, so the likeliest temperature is 0; more "
+            "pairs, or harder ones, are needed."
+        )
     highest = 1.0 / size
-    while slope(highest) < 0:
+    while slope(highest) < 0:  # ends, as some of the labels is on the other side
         highest *= 2
-        if highest * size > 1e6:
-            raise UsageError(
-                f"calibrate: all {len(difference)} pairs are in the right order, so the likeliest temperature is 0; "
-                "more pairs, or harder ones, are needed."
-            )
     return 1.0 / float(brentq(slope, 0.0, highest, xtol=1e-14, rtol=1e-12))
 
 
