@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefzoo.algorithm import create_algorithm
 from prefzoo.data.samples import Ragged, Samples
+from prefzoo.feedback import Judge
 from prefzoo.losses import create_loss
 from prefzoo.parts.pairs import (
     AgainstOther,
@@ -30,8 +32,10 @@ from prefzoo.parts.preference import compared, loss_named
 from prefzoo.parts.win_rate import Demonstrated, WinMargin, WinRate
 from prefzoo.records import PolicyGradient
 from prefzoo.registry import UsageError
+from prefzoo.theory.enumerable_lm import RESPONSES, EnumerableWorld
 from prefzoo.theory.policies import Tabular
 from prefzoo.theory.populations import total_variation
+from prefzoo.theory.runs import fit, sized
 
 NAN = math.nan
 CREDITS: dict[str, Any] = {
@@ -462,3 +466,89 @@ def test_rows_are_made_for_the_family_of_the_loss() -> None:
             compared(loss_named("kto"), **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="one of extremes"):
         compared(loss_named("dpo"), "some")  # type: ignore[arg-type]
+
+
+# -- the algorithms ----------------------------------------------------------------------------------------------------
+
+ALL = ("online_dpo", "xpo", "nash_md", "iterative_dpo", "sppo_iterative", "spin", "rs_dpo", "rso")
+
+
+@pytest.fixture(scope="module")
+def world() -> EnumerableWorld:
+    return EnumerableWorld.make()
+
+
+def ended(world: EnumerableWorld, name: str, options: dict[str, Any] | None = None, **settings: Any) -> Any:
+    algorithm = sized(create_algorithm(name, **(options or {})), samples=16)
+    return fit(world, algorithm, **{"max_steps": 2, **settings})
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n != "spin"])
+def test_nothing_is_learned_where_all_are_equal_or_nobody_says_anything(name: str, world: EnumerableWorld) -> None:
+    options = {"kl": 0.0} if name == "nash_md" else {}
+    for reward in (lambda completions: [1.0] * len(completions), lambda completions: [None] * len(completions)):
+        policy = ended(world, name, options, reward=reward).run.policy
+        assert torch.equal(world.log_probs(policy), world.log_probs())
+    policy = ended(world, name, options).run.policy
+    assert not torch.equal(world.log_probs(policy), world.log_probs())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("online_dpo", {}), ("online_dpo", {"soft_labels": "win_rates"}), ("nash_md", {"group_size": 2, "kl": 0.1}),
+     ("sppo_iterative", {"train_on": "all"}), ("xpo", {"soft_labels": "win_rates"})],
+)  # fmt: skip
+def test_a_judge_stands_where_a_reward_does(name: str, options: dict[str, Any], world: EnumerableWorld) -> None:
+    def shorter(prompts: list[str], first: list[str], second: list[str]) -> list[float]:
+        return [0.5 + 0.4 * ((len(a) < len(b)) - (len(a) > len(b))) for a, b in zip(first, second, strict=True)]
+
+    end = world.log_probs(ended(world, name, options, reward=Judge(shorter), max_steps=8).run.policy)
+    short = torch.tensor([len(r) == 1 for r in RESPONSES])
+    gained = [float(x.exp()[:, short].sum(-1).min()) for x in (world.log_probs(), end)]
+    assert gained[1] > gained[0] + 0.03
+
+
+@pytest.mark.parametrize("loss", ["ipo_sum", "simpo(beta=2, gamma=1.0)", "odpo", "sppo_soft", "kto", "bco", "lipo"])
+def test_any_preference_loss_learns_online(loss: str, world: EnumerableWorld) -> None:
+    for name in ("online_dpo", "iterative_dpo"):
+        options = {"loss": loss, **({"group_size": 4} if name == "online_dpo" else {})}
+        policy = ended(world, name, options, max_steps=10, learning_rate=0.2).run.policy
+        assert world.gained(world.log_probs(policy)) > 0.05
+
+
+MISFITS = {
+    "a group of one": ("online_dpo", {"group_size": 1}, "at least 2, got 1"),
+    "a round for a loss without reference": (
+        "iterative_dpo", {"loss": "cpo", "reference": "round"}, "moving reference has no effect",
+    ),
+    "a loss of demonstrations": ("online_dpo", {"loss": "sft"}, "no preferences"),
+    "a column that nobody gives": ("online_dpo", {"loss": "step_dpo"}, "step_dpo"),
+    "the reference as its own opponent": ("nash_md", {"mixture": 1.0}, "blend is a share"),
+    "steps that nash_md does not take": ("nash_md", {"inner_epochs": 2}, "no option 'inner_epochs'"),
+    "a coin flip": ("rs_dpo", {"threshold": 0.4}, "from 0.5 to below 1"),
+    "certainty": ("rs_dpo", {"threshold": 1.0}, "from 0.5 to below 1"),
+    "a reward without unit": ("nash_md", {"tau": 0.0}, "above 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_what_does_not_fit_is_told(case: str) -> None:
+    name, options, words = MISFITS[case]
+    with pytest.raises(UsageError, match=words):
+        create_algorithm(name, **options)
+
+
+def test_what_each_needs() -> None:
+    asked = {name: create_algorithm(name).needs - {"policy"} for name in ALL}
+    assert all(needs == {"reference", "reward"} for name, needs in asked.items() if name != "spin")
+    assert asked["spin"] == {"reference"}
+    assert create_algorithm("iterative_dpo", loss="simpo").needs == {"policy", "reward"}
+    assert create_algorithm("spin").data == "completions"
+
+
+def test_pairs_of_rs_dpo_are_those_above_its_threshold() -> None:
+    credit = create_algorithm("rs_dpo", threshold=0.7, tau=2.0).stages[0].credit
+    assert isinstance(credit, AllPairs)
+    for gap in (1.6, 1.8):
+        pairs = credit(samples_of([[0.0, gap]]), torch.tensor([0.0, gap]))
+        assert len(pairs) == int(1 / (1 + math.exp(-gap / 2.0)) > 0.7)
