@@ -108,6 +108,14 @@ CASES: dict[str, tuple[str | Callable[[], Algorithm], dict[str, Any]]] = {
         "samples_per_prompt": 4, "prompts_per_round": 7, "epochs_per_round": 2, "rows_per_update": 3,
     }),
     "ppo": ("ppo", PPO | EVAL),
+    # Samplers beside the policy, the data's own answers, prompts sampled anew, a reference of each round.
+    "dapo": ("dapo", SAMPLED | EVAL | {"group_size": 3, "minibatches": 1, "resamplings": 2}),
+    "remax": ("remax", SAMPLED | EVAL),
+    "xpo": ("xpo", SAMPLED | {"group_size": 2}),
+    "nash_md": ("nash_md", SAMPLED),
+    "spin": ("spin", {k: v for k, v in SAMPLED.items() if k not in ("prompts_per_step", "reward")} | {
+        "prompts_per_round": 7, "rows_per_update": 3,
+    }),
 }  # fmt: skip
 
 
@@ -122,12 +130,14 @@ class Replay:
         self.known: dict[tuple[int, int, int], Any] = {} if record else pickle.loads(file.read_bytes())
         self.calls: Counter[int] = Counter()
 
-    def generate(self, prompts: Samples, n: int, sampling: Any, seed: int, keys_P: np.ndarray | None = None) -> Samples:
+    def generate(
+        self, prompts: Samples, n: int, sampling: Any, seed: int, keys_P: np.ndarray | None = None, **how: Any
+    ) -> Samples:
         keys = np.arange(len(prompts)) if keys_P is None else keys_P
         self.calls[seed] += 1
         call = seed, self.calls[seed]
         if self.record:
-            made = self.real.generate(prompts, n, sampling, seed, keys_P)
+            made = self.real.generate(prompts, n, sampling, seed, keys_P, **how)
             logps = made.tokens["old_logps"].split(made.completions.lengths.tolist())
             for i, key in enumerate(keys):
                 rows = range(i * n, (i + 1) * n)
