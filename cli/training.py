@@ -110,7 +110,9 @@ def read_all(
     if merged.get("model") is None:
         raise UsageError("which model? --model FOLDER, a hub id, or 'tiny' for a small one with random weights.")
     if "reward" in merged:
-        rewards = [import_function(r) if names_function(r) else r for r in listed(merged["reward"])]
+        rewards = listed(merged["reward"])
+        for function in filter(names_function, rewards):
+            import_function(function)  # what is wrong with the file is told before anything is loaded
         merged["reward"] = rewards[0] if len(rewards) == 1 else rewards
     if isinstance(merged.get("columns"), str):
         merged["columns"] = read_columns(merged["columns"])

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
 
+from prefzoo.parts.product import FILE as DECODE
 from prefzoo.registry import UsageError
 from prefzoo.training import checkpoint
 from prefzoo.training.metrics import LOGS
@@ -109,14 +110,17 @@ def make_folder(output_dir: str | Path | None) -> Path | None:
 
 def write_card(record: Mapping[str, Any], history: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """``README.md`` of the model: how it was made, in words and numbers, from the run's record alone."""
-    (folder / "README.md").write_text(card(record, history, adapter=_is_adapter(folder)), encoding="utf-8")
+    text = card(record, history, adapter=_is_adapter(folder), decoder=(folder / DECODE).exists())
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists()
 
 
-def card(record: Mapping[str, Any], history: Sequence[Mapping[str, Any]], adapter: bool = False) -> str:
+def card(
+    record: Mapping[str, Any], history: Sequence[Mapping[str, Any]], adapter: bool = False, decoder: bool = False
+) -> str:
     """The text of a model card."""
     name, base = record["algorithm"], record["model"]
     data = ModelCardData(
@@ -139,7 +143,7 @@ def card(record: Mapping[str, Any], history: Sequence[Mapping[str, Any]], adapte
         f"| algorithm | `{record['composition']}` |",
         *_optional("reference", record["reference"]),
         *_optional("reward", record["reward"]),
-        f"| data | {_data_words(record['data'])} |",
+        *([f"| data | {_data_words(record['data'])} |"] if record["data"] else []),
         *([f"| held out | {_data_words(record['held_out'])} |"] if record["held_out"] else []),
         f"| options | {_code(record['options'])} |",
         f"| training | {_code({k: v for k, v in config.items() if k in record['given'] or k in _ALWAYS})} |",
@@ -153,7 +157,15 @@ def card(record: Mapping[str, Any], history: Sequence[Mapping[str, Any]], adapte
     if record["best"]:
         best = record["best"]
         lines += [f"Best evaluation: {best['metric']} = {best['value']:.4g} after step {best['step']}.", ""]
-    return "\n".join([*lines, "## Use", "", "```python", *_usage(record, adapter), "```", ""])
+    if decoder:
+        lines += [
+            "## Use", "",
+            f"The answers of this algorithm are more than samples of the weights: `{DECODE}` says how they are made. "
+            "prefzoo obeys it; what loads the weights alone, as below, does not.", "",
+            "```python", "import prefzoo", "", 'answers = prefzoo.generate("FOLDER", ["..."])', "```", "",
+            "The weights alone:", "",
+        ]  # fmt: skip
+    return "\n".join([*lines, *([] if decoder else ["## Use", ""]), "```python", *_usage(record, adapter), "```", ""])
 
 
 _ALWAYS = ("learning_rate", "rows_per_step", "epochs", "max_steps", "optimizer", "precision", "max_length", "seed")
