@@ -13,6 +13,7 @@ from prefzoo.parts.preference import compared, loss_named
 from prefzoo.parts.revision import Revised, principles_of
 from prefzoo.parts.schedule import Schedule
 from prefzoo.parts.source import Rollouts
+from prefzoo.records import Pairs
 from prefzoo.registry import Positive, UsageError
 from prefzoo.rollout import Sampling
 
@@ -36,8 +37,6 @@ def reinforced(text: str, **options: Any) -> tuple[Stage, ...]:
 
 def judged_rewards(labels: Labels, largest: float, steps: int | None, rate: float, each: dict[str, Any]) -> Stage:
     """A reward model from a judge's labels of two samples to each prompt; the policy stays as it is."""
-    if labels not in ("soft", "hard"):
-        raise UsageError(f"labels is {labels!r}; it must be 'soft' or 'hard'.")
     return Stage(
         source=Rollouts(2, temperature=each["temperature"], max_new_tokens=each["max_new_tokens"]),
         feedback=Judged(),
@@ -50,38 +49,37 @@ def judged_rewards(labels: Labels, largest: float, steps: int | None, rate: floa
 @register_algorithm(paper="arXiv:2309.00267", recommended={"learning_rate": 5e-7}, shared={**ROLLED, "group_size": 2})
 def rlaif(
     *, loss: str = "dpo", beta: Positive | None = None, pairs: Literal["extremes", "all"] = "extremes",
-    samples_of: Literal["policy", "start"] = "policy", **sampling: Any,
+    labels: Labels | None = None, samples_of: Literal["policy", "start"] = "policy", **sampling: Any,
 ) -> Algorithm:  # fmt: skip
     """AI feedback without a reward model: a judge labels samples, and a preference loss is trained on its labels.
 
         y, y' ~ π or ref;   (y_w, y_l) = the one that the judge finds better, and the other;   loss = dpo, ipo, ...
 
     Args:
-        loss: any loss of pairs, labelled completions or rankings, with its options: ``"simpo(beta=2)"``; those that
-            take a soft label are given the judge's probability.
+        loss: any loss of pairs, labelled completions or rankings, with its options: ``"simpo(beta=2)"``.
         beta: of the loss; None: its own default.
+        labels: ``soft``: a pair counts in both orders, by the judge's probabilities p and 1 - p; ``hard``: the better
+            one is chosen. None: soft for losses of pairs, and hard for others, which know no other.
         pairs: with more than two completions, the best against the worst, or all that differ.
         samples_of: who writes what is judged: the policy as it is, or its start.
 
     KL: to the start, in the loss, as an implicit reward β log π/ref; losses without reference have none.
 
-    Ties and missing verdicts give no pair; their shares are logged. ``reward`` must be a judge, ``online_dpo`` takes
-    any.
+    Ties and missing verdicts give no pair; their shares are logged. ``reward`` must be a judge.
 
-    Convention: the papers train a reward model on the labels (``canonical_rlaif``, ``constitutional``); a loss on the
-    labels themselves: Guo et al., arXiv:2402.04792.
+    Convention: the papers train a reward model on the labels: ``canonical_rlaif`` and ``constitutional``.
 
-    Source: Lee et al., RLAIF vs. RLHF, arXiv:2309.00267; Bai et al., arXiv:2212.08073, section 4.
+    Source: Lee et al., arXiv:2309.00267; Bai et al., arXiv:2212.08073; a loss on the labels: Guo et al., arXiv:2402.04792.
 
     Example::
 
         prefzoo.train("rlaif", model="my-model", dataset="prompts.jsonl", reward="judge(model=my-judge)", loss="ipo")
     """
-    writers = {"policy": "policy", "start": "reference"}
-    if samples_of not in writers:
-        raise UsageError(f"samples_of is {samples_of!r}; it must be 'policy' or 'start'.")
-    parts = sampled({**SAMPLING, **sampling}, by=writers[samples_of]) | {"feedback": Judged()}
-    return Algorithm(**parts, **compared(loss_named(loss, beta=beta), pairs, "win_rates"))
+    by = {"policy": "policy", "start": "reference"}[samples_of]
+    parts = sampled({**SAMPLING, **sampling}, by=by) | {"feedback": Judged()}
+    chosen = loss_named(loss, beta=beta)
+    soft = labels == "soft" or (labels is None and chosen.family is Pairs)
+    return Algorithm(**parts, **compared(chosen, pairs, "win_rates" if soft else None))
 
 
 @register_algorithm(paper="arXiv:2309.00267", recommended=SLOWLY, shared=EACH)
