@@ -87,6 +87,7 @@ LEVEL_OF = {
     "prefzoo": "core",
     "prefzoo.training.loop": "core",
     "prefzoo.algos.dpo": "algos",
+    "prefzoo.spellings.trl.names": "spellings",
     "prefzoo.benchmarks.perf.speed": "benchmarks",
     "prefzoo.cli": "cli",
 }
@@ -133,6 +134,8 @@ def test_an_import_is_seen_however_it_is_written(source):
         ("core/__init__.py", "import prefzoo.benchmarks", False),
         ("algos/x.py", "from prefzoo import train", False),
         ("algos/x.py", "import prefzoo.benchmarks", True),
+        ("algos/x.py", "import prefzoo.spellings", True),
+        ("spellings/x.py", "import prefzoo.algos", False),
         ("cli/x.py", "import prefzoo.benchmarks, rich", False),
     ],
 )
@@ -156,6 +159,78 @@ for name in sys.argv[1:]:
 """
     result = run_python(code, *wanted)
     assert result.returncode == 0, result.stderr
+
+
+# ---- the zoo
+
+
+LONGEST, RUN = 160, 6
+# Every name that was promised, by family; an alias does not count. Of the pairwise losses each is one.
+ZOO = {
+    "likelihood": "sft",
+    "pairwise": "dpo ipo ipo_sum hinge rpo_nll mpo fdpo tr_dpo",
+    "unpaired": "kto bco apo_zero_unpaired",
+    "ranked": "pl_dpo lipo",
+    "reward models": "reward_model process_reward_model",
+    "actor-critic": "a2c ppo ma_ppo nlpo trpo",
+    "policy gradient": "reinforce reinforce_pp rloo remax grpo dr_grpo dapo gspo cispo gmpo sapo rlvr",
+    "online preference": "online_dpo iterative_dpo rs_dpo rso spin sppo_iterative xpo nash_md",
+    "sampling": "rejection_sampling best_of_n raft rest expert_iteration",
+    "conditioned likelihood": "csft quark feedme",
+    "offline": "ilql awr hpo",
+    "distillation": "gkd minillm seqkd",
+    "AI feedback": "rlaif constitutional rbr safe_rlhf",
+}
+COMPOSITIONS = sorted((ROOT / "algos").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", COMPOSITIONS, ids=lambda f: f.name)
+def test_no_composition_is_long(file):
+    lines = len(file.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST, f"{file.name} has {lines} lines: a file of algos/ says what an algorithm is made of"
+
+
+def runs(text: str, length: int = RUN) -> dict[str, int]:
+    """Every run of so many lines, blank ones left out, and the line that it begins at."""
+    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return {"\n".join(words for _, words in lines[i : i + length]): lines[i][0] for i in range(len(lines) - length + 1)}
+
+
+def test_a_run_of_lines_is_found_whatever_stands_between():
+    text = "\n\n".join("abcdefgh")
+    assert list(runs(text)) == ["a\nb\nc\nd\ne\nf", "b\nc\nd\ne\nf\ng", "c\nd\ne\nf\ng\nh"]
+    assert runs("  b\nc\n\nd\n e\nf\ng\nz").keys() & runs(text).keys() == {"b\nc\nd\ne\nf\ng"}
+    assert runs("a\nb\nc\nd\ne") == {}
+
+
+def test_no_two_compositions_share_six_lines():
+    seen: dict[str, str] = {}
+    twice = []
+    for file in COMPOSITIONS:
+        for run, line in runs(file.read_text(encoding="utf-8")).items():
+            where = f"{file.name}:{line}"
+            if run in seen and not seen[run].startswith(f"{file.name}:"):
+                twice.append(f"{where} is {seen[run]}")
+            seen.setdefault(run, where)
+    assert twice == [], "what two algorithms share is a part, or an option of core/parts/options.py"
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_every_algorithm_that_was_promised_is_listed_by_its_own_name(family):
+    from prefzoo.algorithm import list_algorithms
+
+    assert [name for name in ZOO[family].split() if name not in list_algorithms()] == []
+
+
+def test_every_pairwise_loss_is_an_algorithm_or_has_a_reason():
+    from prefzoo.algorithm import list_algorithms, untrained
+    from prefzoo.losses import LOSSES, create_loss
+    from prefzoo.records import Pairs
+
+    pairwise = [name for name in LOSSES.names() if LOSSES.entry(name).tags["family"] is Pairs]
+    missing = {name for name in pairwise if name not in list_algorithms()}
+    assert len(pairwise) > 30 and all(untrained(create_loss(name)) for name in missing)
+    assert missing <= {"step_dpo", "tpo"}, "their rows, marked steps and a third completion, are in no type of data"
 
 
 # ---- examples in docstrings
