@@ -496,6 +496,8 @@ def judged(
     ref = token_scores(lambda tree: start(tree).logps_C, answers, 16_384, "cpu")
     owner = torch.from_numpy(np.repeat(np.arange(len(answers.completions)), answers.completions.lengths))
     log_ratio = torch.zeros(len(answers.completions)).index_add(0, owner, answers.tokens["old_logps"] - ref)
+    if "decoding_kl" in answers.columns:  # the weights are the start's, and the way to answer is not
+        log_ratio += answers.columns["decoding_kl"]
     columns: dict[str, Any] = {
         "prompt": np.repeat(np.arange(len(rows)), n),
         "sample": np.tile(np.arange(n), len(rows)),
