@@ -130,15 +130,15 @@ SPELLINGS: dict[str, Spelling] = {
     "vespo": _of("grpo", "vespo", "the same kernel and clamps."),
 }  # fmt: skip
 
-_FRESH_PAIRS = "pairs are made from a data set, not from fresh samples", "trl:dpo"
+_UNTRANSLATED = "its options are not translated to ours"
 _TEACHER = "no teacher scores the samples of the policy", "trl:sft"
 
 # What TRL has under a name and we do not: why, and the nearest that is here.
 ABSENT: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("tpo", "TPOTrainer"), ("rows have no third completion, TRL's column 'reference'", "trl:cpo")),
-    **dict.fromkeys(
-        ("online_dpo", "xpo", "nash_md", "OnlineDPOTrainer", "XPOTrainer", "NashMDTrainer"), _FRESH_PAIRS
-    ),
+    **dict.fromkeys(("online_dpo", "OnlineDPOTrainer"), (_UNTRANSLATED, "online_dpo")),
+    **dict.fromkeys(("xpo", "XPOTrainer"), (_UNTRANSLATED, "xpo")),
+    **dict.fromkeys(("nash_md", "NashMDTrainer"), (_UNTRANSLATED, "nash_md")),
     **dict.fromkeys(
         ("gkd", "gold", "distillation", "server_distillation", "async_distillation", "sdft", "sdpo", "iw_opd",
          "GKDTrainer", "GOLDTrainer", "DistillationTrainer", "ServerDistillationTrainer", "AsyncDistillationTrainer",
