@@ -69,7 +69,8 @@ def rlaif(
 
     Convention: the papers train a reward model on the labels: ``canonical_rlaif`` and ``constitutional``.
 
-    Source: Lee et al., arXiv:2309.00267; Bai et al., arXiv:2212.08073; a loss on the labels: Guo et al., arXiv:2402.04792.
+    Source: Lee et al., arXiv:2309.00267; Bai et al., arXiv:2212.08073; without a reward model: Guo et al.,
+    arXiv:2402.04792.
 
     Example::
 
