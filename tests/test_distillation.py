@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+import prefzoo
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.losses import create_loss
 from prefzoo.models.load import learn_tokenizer, tiny_model
@@ -18,8 +20,10 @@ from prefzoo.models.tree import TreeBatch, pack_rows
 from prefzoo.parts.teacher import TeacherReturn
 from prefzoo.records import Distribution, PolicyGradient, masked_sum
 from prefzoo.registry import UsageError
+from prefzoo.rollout.loop import LoopEngine
 from prefzoo.theory.expectations import difference, kl, moved
 from prefzoo.theory.policies import Tabular
+from prefzoo.training import Run
 from prefzoo.training.records import build_record, wanted
 
 
@@ -132,3 +136,112 @@ def test_returns_are_of_what_follows_discounted_and_per_token() -> None:
     assert [a.tolist() for a in returns(gain, normalise=False, own=True)] == [[7, 6, 4], [8]]
     with pytest.raises(UsageError, match="gamma is from 0 to 1"):
         TeacherReturn(gamma=1.5)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+TEXTS = [
+    {"prompt": "say a:", "completion": " a a"}, {"prompt": "say b:", "completion": " b"},
+    {"prompt": "count:", "completion": " one two three"}, {"prompt": "say d:", "completion": " d c"},
+]  # fmt: skip
+PROMPTS = [row["prompt"] for row in TEXTS]
+QUICK: dict[str, Any] = {
+    "learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 0, "logging_steps": 1, "quiet": True,
+}  # fmt: skip
+OF_DATA = {"rows_per_step": 4}
+SAMPLED = {"prompts_per_step": 4, "minibatches": 1, "max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def learned(words: PreTrainedTokenizerBase) -> Any:
+    """A teacher that ends its answers."""
+    start = tiny_model(words, seed=1)
+    options = {**QUICK, "rows_per_step": 4, "max_steps": 30, "learning_rate": 3e-3}
+    return prefzoo.train("sft", model=start, tokenizer=words, dataset=TEXTS, **options).model
+
+
+@pytest.fixture(scope="module")
+def student(words: PreTrainedTokenizerBase) -> Any:
+    """A policy that has read a little, and something else: it ends its answers."""
+    rows = [{**row, "completion": row["completion"] + " d"} for row in TEXTS]
+    options = {**QUICK, "rows_per_step": 4, "max_steps": 12, "learning_rate": 3e-3}
+    return prefzoo.train("sft", model=tiny_model(words), tokenizer=words, dataset=rows, **options).model
+
+
+def fit(algorithm: str, model: Any, teacher: Any, words: PreTrainedTokenizerBase, **options: Any) -> Run:
+    return prefzoo.train(
+        algorithm, model=model, tokenizer=words, teacher=teacher, dataset=TEXTS, **{**QUICK, **options}
+    )  # fmt: skip
+
+
+def divergence(model: Any, teacher: Any, words: PreTrainedTokenizerBase) -> float:
+    """KL(teacher ‖ policy) on the data's answers, per token, in nats."""
+    run = fit("forward_kl", model, teacher, words, learning_rate=0.0, max_steps=1, **OF_DATA)
+    return run.history[0]["loss"]
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("forward_kl", OF_DATA), ("reverse_kl", OF_DATA), ("gkd", {**SAMPLED, "on_policy": 0.5}),
+], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
+def test_the_policy_comes_nearer_to_the_teacher(
+    name: str, options: dict[str, Any], student: Any, learned: Any, words: PreTrainedTokenizerBase
+) -> None:
+    run = fit(name, student, learned, words, max_steps=25, **{**options, "learning_rate": 3e-3})
+    before, after = divergence(student, learned, words), divergence(run.model, learned, words)
+    assert after < 0.7 * before, (before, after)
+
+
+def test_minillm_lowers_the_reverse_kl_of_its_own_answers(
+    student: Any, learned: Any, words: PreTrainedTokenizerBase
+) -> None:
+    """It seeks the teacher's likeliest answers: of the data's it may know less than before."""
+    run = fit("minillm", student, learned, words, max_steps=25, **{**SAMPLED, "learning_rate": 3e-3})
+    kl = [row["loss/reverse_kl"] for row in run.history]
+    assert sum(kl[-5:]) < 0.8 * sum(kl[:5]), kl
+
+
+@pytest.mark.parametrize("name", ["gkd", "minillm", "reverse_kl"])
+def test_at_the_teacher_nothing_moves(name: str, learned: Any, words: PreTrainedTokenizerBase) -> None:
+    """P = π: every divergence and every reward r_t is 0."""
+    options = OF_DATA if name == "reverse_kl" else SAMPLED
+    run = fit(name, learned, learned, words, max_steps=2, optimizer="sgd", **options)
+    assert all(abs(row["loss"]) < 1e-6 and row["grad_norm"] < 1e-4 for row in run.history), run.history
+
+
+@pytest.mark.parametrize(("share", "steps", "least", "most"), [(0.0, 3, 0, 0), (1.0, 3, 3, 3), (0.5, 8, 1, 7)])
+def test_the_share_of_steps_that_the_policy_writes(
+    share: float, steps: int, least: int, most: int, student: Any, learned: Any, words: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked: list[int] = []
+    original = LoopEngine.generate
+
+    def counted(self: LoopEngine, prompts: Samples, *rest: Any, **options: Any) -> Samples:
+        asked.append(len(prompts))
+        return original(self, prompts, *rest, **options)
+
+    monkeypatch.setattr(LoopEngine, "generate", counted)
+    run = fit("gkd", student, learned, words, on_policy=share, max_steps=steps, **SAMPLED)
+    assert least <= len(asked) <= most and asked == [4] * len(asked)
+    data = [row for row in run.history if row["completions/mean_length"] == pytest.approx(mean_length(words))]
+    assert len(data) >= steps - len(asked)  # the others trained on the four answers of the data
+
+
+def mean_length(words: PreTrainedTokenizerBase) -> float:
+    """Of the data's answers, with their end."""
+    return sum(len(words(row["completion"])["input_ids"]) for row in TEXTS) / len(TEXTS)
+
+
+def test_the_policy_learns_to_write_what_the_teacher_wrote(
+    student: Any, learned: Any, words: PreTrainedTokenizerBase
+) -> None:
+    options = {"prompts_per_round": 4, "rows_per_update": 4, "epochs_per_round": 60, "max_steps": 1}
+    run = fit("seqkd", student, learned, words, max_new_tokens=8, **{**options, "learning_rate": 3e-3})
+    says = [prefzoo.generate(m, PROMPTS, tokenizer=words, temperature=0, max_new_tokens=8)
+            for m in (student, learned, run.model)]  # fmt: skip
+    assert says[2] == says[1] != says[0]
+
+
+def test_who_has_no_teacher_is_told_which_would_do(student: Any, words: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UsageError, match="needs a teacher: give teacher=, a model with the policy's tokenizer"):
+        fit("gkd", student, None, words, max_steps=1, **SAMPLED)

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+import prefzoo
 from prefzoo.data.samples import Samples
+from prefzoo.data.tokens import tokenise
 from prefzoo.losses import create_loss
 from prefzoo.models import heads as heads_module
 from prefzoo.models.heads import QHeads, load_heads, new_heads, save_heads
 from prefzoo.models.load import learn_tokenizer, tiny_model
+from prefzoo.models.reference import weights_hash
 from prefzoo.models.roles import Policy
 from prefzoo.models.tree import TreeBatch, pack_rows
 from prefzoo.parts.offline import ReturnAbove
 from prefzoo.records import Heads
 from prefzoo.registry import UsageError
+from prefzoo.training import Run
 from prefzoo.training.records import after, at_last, build_record
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +226,98 @@ def test_a_missing_score_weighs_nothing() -> None:
     assert bool(found.tokens["advantages"][3].isnan()) and int(found.tokens["advantages"].isnan().sum()) == 1
     with pytest.raises(UsageError, match="baseline is 'mean'"):
         ReturnAbove("mean")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+CHOICES = [{"prompt": "say:", "completion": f" {answer}", "score": score}
+           for answer, score in (("a", 1.0), ("b", -1.0)) for _ in range(4)]  # fmt: skip
+QUICK: dict[str, Any] = {
+    "learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 0, "logging_steps": 1, "rows_per_step": 8,
+    "quiet": True,
+}  # fmt: skip
+
+
+def fit(name: str, policy: Policy, words: PreTrainedTokenizerBase, dataset: Any = None, **options: Any) -> Run:
+    data = CHOICES if dataset is None else dataset
+    return prefzoo.train(name, model=policy.model, tokenizer=words, dataset=data, **{**QUICK, **options})
+
+
+def preference(model: Any, words: PreTrainedTokenizerBase) -> float:
+    """log π(a) - log π(b) after the prompt."""
+    samples, _ = tokenise(CHOICES[::4], words, "scored")
+    logps = Policy(model)(TreeBatch.of(samples)).logps_C
+    assert logps is not None
+    mine, other = (part.sum() for part in logps.split(samples.completions.lengths.tolist()))
+    return float(mine - other)
+
+
+def test_awr_ends_where_its_weights_say(policy: Policy, words: PreTrainedTokenizerBase) -> None:
+    """Data of two answers in equal shares: the optimum is π ∝ exp(A / β), so log π(a)/π(b) = 2 / β."""
+    for beta, options in ((2.0, {}), (1.0, {"baseline": "data"})):
+        run = fit("awr", policy, words, beta=beta, standardise=False, max_steps=60, **options)
+        assert preference(run.model, words) == pytest.approx(2 / beta, abs=0.15), beta
+    assert abs(preference(fit("awr", policy, words, beta=1e6, max_steps=60).model, words)) < 0.15  # imitation
+
+
+def test_a_shift_of_the_scores_is_none_of_the_advantages(policy: Policy, words: PreTrainedTokenizerBase) -> None:
+    shifted = [{**row, "score": row["score"] + 8} for row in CHOICES]
+    for options in ({}, {"baseline": "data"}):
+        runs = [fit("awr", policy, words, data, max_steps=3, **options) for data in (CHOICES, shifted)]
+        for mine, theirs in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_a_critic_learns_the_score_that_was_to_be_expected(policy: Policy, words: PreTrainedTokenizerBase) -> None:
+    """One answer each to two prompts: its value is its score, and then there is no advantage left."""
+    rows = [{"prompt": p, "completion": c, "score": s} for p, c, s in (("say a:", " a", 2.0), ("count:", " one", -1.0))]
+    options = {"baseline": "critic", "standardise": False, "max_steps": 40, "rows_per_step": 2}
+    run = fit("awr", policy, words, rows, critic_learning_rate=1e-2, **options)
+    losses = [row["loss/critic"] for row in run.history]
+    assert losses[0] == pytest.approx(1.25, abs=0.4) and losses[-1] < 0.05 * losses[0], losses
+    assert run.history[-1]["weight"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_without_its_auxiliary_part_hpo_is_kto(policy: Policy, words: PreTrainedTokenizerBase) -> None:
+    rows = [{**row, "label": row["score"] > 0} for row in CHOICES]
+    plain, whole = (fit("hpo", policy, words, rows, weight=w, max_steps=2) for w in (0.0, 1.0))
+    kto = fit("kto", policy, words, rows, max_steps=2)
+    assert weights_hash(plain.policy) == weights_hash(kto.policy) != weights_hash(whole.policy)
+    with pytest.raises(UsageError, match="credit ReturnAbove reads a number in the column 'score'"):
+        fit("hpo", policy, words, [{k: v for k, v in row.items() if k != "score"} for row in rows], max_steps=1)
+
+
+def test_q_learned_from_scores_steers_a_policy_that_imitates(
+    policy: Policy, words: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """The data's answers are even, and so is what was imitated; by its advantages the better one is written. A plain
+    loader sees the imitation; another control has the scores exchanged."""
+    share = {}
+    for name, sign in (("right", 1), ("exchanged", -1)):
+        rows = [{**row, "score": sign * row["score"]} for row in CHOICES]
+        options = {"gamma": 1.0, "polyak": 0.2, "cql": 0.01, "beta": 8.0, "max_steps": 80}
+        run = fit("ilql", policy, words, rows, output_dir=tmp_path / name, **options)
+        assert abs(preference(run.model, words)) < 0.2
+        for plain in (False, True):
+            answers = prefzoo.generate(tmp_path / name, ["say:"], n=40, max_new_tokens=4, plain=plain)[0]
+            share[name, plain] = sum(a == " a" for a in answers) / 40
+    assert share["right", False] > 0.9 and share["exchanged", False] < 0.1, share
+    assert all(0.25 < share[name, True] < 0.75 for name in ("right", "exchanged")), share
+
+
+def test_heads_come_back_from_a_checkpoint(policy: Policy, words: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Their slow Q too, which no optimizer moves: a run that was stopped goes on as if it had not."""
+    options: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "rows_per_step": 3, "polyak": 0.3}
+    whole = fit("ilql", policy, words, output_dir=tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        fit("ilql", policy, words, output_dir=tmp_path / "stopped", callback=stop_at_3, **options)
+    again = fit("ilql", policy, words, output_dir=tmp_path / "stopped", resume=True, **options)
+    assert weights_hash(again.policy) == weights_hash(whole.policy)
+    first, second = (load_heads(tmp_path / name / "final" / "heads") for name in ("whole", "stopped"))
+    assert weights_hash(first) == weights_hash(second)
+    assert not torch.equal(first.head["q1"][2].weight, first.head["slow_q1"][2].weight)
+
+
+def stop_at_3(step: int, *_: Any) -> None:
+    if step == 3:
+        raise KeyboardInterrupt
