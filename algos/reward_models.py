@@ -64,14 +64,14 @@ def process_reward_model(*, weigh: Literal["steps", "solutions"] = "steps") -> A
 
         loss = mean over steps of - y log sigmoid(z) - (1 - y) log sigmoid(-z),   z read at the step's last token
 
-    Trains on stepwise data: ``prompt``, ``completions`` (the steps) and ``labels`` (true, false, or a share from 0 to 1).
+    Trains on stepwise data: ``prompt``, ``completions`` (the steps) and ``labels`` (true, false or a share).
 
     Args:
         weigh: every step alike, or every solution alike: then the mean is over a solution's steps first.
 
     Convention: one logit per step, where the paper's model says one of two or three words (of which *neutral* is here
-    a label of 1/2). Labels after the first mistake mean little; leave these steps out of the data. The product of the
-    steps' probabilities, or their minimum, is the score of a solution. No KL enters here.
+    a label of 1/2). Labels after the first mistake mean little; leave these steps out of the data. As a reward
+    it is given as ``steps(runs/prm)``: the product of the steps' probabilities, or their minimum. No KL enters here.
 
     Source: Lightman et al., Let's Verify Step by Step, arXiv:2305.20050; shares of completions that succeed as labels:
     Wang et al., Math-Shepherd, arXiv:2312.08935; the learning rate: ours, for small models.

@@ -13,18 +13,21 @@ import torch
 
 import prefzoo
 from prefzoo.data.samples import Ragged, Samples
+from prefzoo.data.tokens import tokenise
 from prefzoo.feedback import (
     Ensemble,
     Gate,
     Judge,
     ModelReward,
     Rules,
+    StepReward,
     SumReward,
     resolve_reward,
 )
 from prefzoo.losses import LOSSES
 from prefzoo.models.load import learn_tokenizer, new_scorer, save_scorer, tiny_model
 from prefzoo.models.roles import Policy
+from prefzoo.models.tree import TreeBatch
 from prefzoo.records import RankedScores, Ratings, Scores
 from prefzoo.registry import UsageError
 from prefzoo.training.record import fingerprint
@@ -412,3 +415,41 @@ def test_a_process_reward_model_learns_which_steps_are_right(words: Any) -> None
         prefzoo.create_algorithm("prm", weigh=weigh).stages[0].terms[0].counted.unit for weigh in ("steps", "solutions")
     ]
     assert counts == ["token", "row"]
+
+
+# ------------------------------------------------------------------------------------------------ rewards of steps
+
+
+def test_steps_end_where_training_puts_their_labels(words: Any) -> None:
+    rows = [
+        {"prompt": "1 + 1", "completions": ["a bb\n", "ccc\n", "dddd"], "labels": [True, False, True]},
+        {"prompt": "one?", "completions": ["fine! see\n"], "labels": [True]},
+        {"prompt": "two?", "completions": ["a\n\n", "\nb http", "\n x"], "labels": [True, True, True]},
+    ]
+    samples, _ = tokenise(rows, words, "steps")
+    assert samples.tokens["trainable"].sum() == 7
+    starts = samples.completions.offsets
+    expected = [
+        torch.nonzero(samples.tokens["trainable"][starts[b] : starts[b + 1]])[:, 0].tolist() for b in range(3)
+    ]  # fmt: skip
+    found = StepReward("unused")
+    found._tokenizer = words
+    ends = found.ends(samples)
+    assert ends[:2] == expected[:2] and [len(e) for e in ends] == [3, 1, 3]
+
+
+def test_a_completion_is_worth_what_its_steps_are(words: Any, tmp_path: Path) -> None:
+    scorer = new_scorer(Policy(tiny_model(words, seed=1)))
+    torch.nn.init.normal_(scorer.head.weight)
+    save_scorer(scorer, words, tmp_path / "prm")
+    rows = [{"prompt": "1 + 1", "completions": ["a bb\n", "ccc\n", "dddd"], "labels": [True] * 3}] * 2
+    samples, _ = tokenise(rows, words, "steps")
+    tree = TreeBatch.of(samples)
+    with torch.no_grad():
+        p = scorer(tree, steps=True).steps_C[samples.tokens["trainable"]].sigmoid()[:3]
+    for reduce, expected in (("product", p.prod()), ("minimum", p.min()), ("mean", p.mean()), ("last", p[-1])):
+        source = resolve_reward(f"steps({tmp_path}/prm, reduce={reduce})", words)
+        torch.testing.assert_close(source(samples)[0], expected, rtol=1e-4, atol=1e-5)
+        assert source.drain()[0] == {"rewards/steps": 3.0} and source.name == "prm" and not source.verifies
+    with pytest.raises(UsageError, match="reduce"):
+        StepReward("x", reduce="sum")  # type: ignore[arg-type]

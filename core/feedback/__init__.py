@@ -4,8 +4,9 @@ from prefzoo.feedback.calibration import Calibration, calibrate
 from prefzoo.feedback.endpoint import Endpoint
 from prefzoo.feedback.ensembles import Ensemble, Gate, ensemble, gate
 from prefzoo.feedback.judges import Judge, LocalModel, judge
+from prefzoo.feedback.process import StepReward, steps
 from prefzoo.feedback.rewards import FunctionReward, ModelReward, RewardSource, SumReward, resolve_reward
-from prefzoo.feedback.rules import Rule, Rules, rules
+from prefzoo.feedback.rule_based import Rule, Rules, rules
 from prefzoo.feedback.text import TextReward
 from prefzoo.feedback.verifiers import (
     VERIFIERS,
@@ -18,8 +19,8 @@ from prefzoo.feedback.verifiers import (
 )
 
 __all__ = [
-    "VERIFIERS", "Calibration", "Endpoint", "Ensemble", "FunctionReward", "Gate", "Judge", "LocalModel", "ModelReward",
-    "RewardSource", "Rule", "Rules", "SumReward", "TextReward", "calibrate", "cosine_scaled", "ensemble", "exact",
-    "gate", "judge", "numeric", "repetition_penalty", "resolve_reward", "rules", "soft_overlong_punishment",
-    "think_format",
+    "VERIFIERS", "Calibration", "Endpoint", "Ensemble", "FunctionReward", "Gate", "Judge", "LocalModel",
+    "ModelReward", "RewardSource", "Rule", "Rules", "StepReward", "SumReward", "TextReward", "calibrate",
+    "cosine_scaled", "ensemble", "exact", "gate", "judge", "numeric", "repetition_penalty", "resolve_reward", "rules",
+    "soft_overlong_punishment", "steps", "think_format",
 ]  # fmt: skip

@@ -57,7 +57,7 @@ class Endpoint:
         body: further fields of the request; None takes one away (``{"max_tokens": None}``).
 
     Metrics: ``judge/calls``, ``judge/cached``, ``judge/unparsed`` and ``judge/failed`` (shares of the questions),
-    ``judge/prompt_tokens`` and ``judge/completion_tokens`` as the server counts them; numbers since the last line.
+    ``judge/prompt_tokens`` and ``judge/completion_tokens`` as the server counts them; numbers are means of the steps.
 
     Source: the protocol: OpenAI's chat completions; verdicts by log-probabilities: Lee et al., arXiv:2309.00267.
     """
