@@ -98,6 +98,10 @@ class Condition(Protocol):
         """Rows of a data set, marked by their labels or scores."""
         ...
 
+    def room(self, tokenizer: Any) -> int:
+        """How many tokens it needs before a prompt."""
+        ...
+
 
 class Product(Protocol):
     """How answers are made with what was trained: :mod:`prefzoo.parts.product`."""
@@ -228,7 +232,8 @@ class Stage:
         """What its terms on ``main`` rows are made from."""
         if self.credit is not None:
             return self.credit.gives
-        return "completions" if isinstance(self.feedback, Unjudged) else self.source.gives
+        marked = self.condition is not None and not self.on_policy  # what is bad is told apart, so all may be imitated
+        return "completions" if marked or isinstance(self.feedback, Unjudged) else self.source.gives
 
     def _check_term(self, term: Term) -> None:
         check_filled(term.loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,14 @@ class Condition:
     where the tokenizer cuts: with a space or a line break. The user's tokenizer may know them as tokens of their own
     (``added_tokens=``).
 
+    ``plain_steps``: steps at the beginning that sample without words, which a start model does not know.
+
     Of rollouts the level is the column ``level`` of the credit's samples. Of rows of a data set it is that column, or
     the label of unpaired rows (two words), or the quantile of the rows' scores among all of them.
     """
 
     words: tuple[str, ...]
+    plain_steps: int = 0
 
     needs: frozenset[str] = frozenset()
 
@@ -38,6 +42,8 @@ class Condition:
 
     def best(self, prompts: Samples, roles: Roles) -> Samples:
         """The prompts behind the word of the best level: what is sampled from."""
+        if roles.step < self.plain_steps:
+            return prompts
         return replace(prompts, prompts=put_before(prompts.prompts, self._ids(roles)[-1], roles.bos))
 
     def marked(self, samples: Samples, roles: Roles) -> Samples:
@@ -69,6 +75,10 @@ class Condition:
         else:
             raise UsageError("Condition: these rows have no label and no score to choose the word by.")
         return self.marked(replace(samples, columns={**columns, "level": level_B}), roles)
+
+    def room(self, tokenizer: Any) -> int:
+        """Tokens of the longest word."""
+        return max(len(ids) for ids in tokenizer(list(self.words), add_special_tokens=False)["input_ids"])
 
     def _ids(self, roles: Roles) -> list[np.ndarray]:
         return [roles.encode(word) for word in self.words]

@@ -52,6 +52,10 @@ class Roles(Protocol):
         """Whether the run's reward is a judge: its scores are chances against the other answers to the prompt."""
         ...
 
+    def note(self, name: str, values: Tensor) -> None:
+        """Log the mean of these values, under this name, with the metrics of the step."""
+        ...
+
     def prompts(self, samples: Samples) -> Sequence[Any]:
         """The prompt of every completion as the data has it: text or messages."""
         ...
@@ -59,6 +63,9 @@ class Roles(Protocol):
     def texts(self, samples: Samples) -> list[str]:
         """The completions as text."""
         ...
+
+    step: int
+    """Steps of the stage that are done."""
 
     @property
     def bos(self) -> int | None:

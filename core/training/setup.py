@@ -356,6 +356,8 @@ def make_engine(
                 "positions."
             )
         positions = positions - stage.source.max_new_tokens + 1
+    if stage.condition is not None:
+        positions -= stage.condition.room(tokenizer)
     reading: dict[str, Any] = {
         "max_length": min(settings.max_length, positions),
         "cache": settings.cache_dir,
