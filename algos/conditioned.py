@@ -82,7 +82,7 @@ def quark(
         prefzoo.train("quark", model="my-model", dataset="prompts.jsonl", reward="runs/rm/final")
     """
     words = tuple(f"<|{level + 1}|>" for level in range(levels))
-    terms = [Term(create_loss("reinforce"), count="token")]  # with an advantage of 1: the likelihood
+    terms = [Term(create_loss("sft"))]
     if kl:
         terms.append(Term(create_loss("kl_penalty", estimator="k3"), count="token", weight=kl))
     return Algorithm(

@@ -131,7 +131,7 @@ class Distinct:
 @dataclass(frozen=True)
 class Quantiles:
     """Each completion with the quantile of its score among all, column ``level``, for a :class:`Condition`; all of them
-    are made likelier alike, which as an advantage is 1."""
+    are to be made likelier alike, which as an advantage is 1."""
 
     levels: int = 5
 
