@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and what it says when something is wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 import prefzoo
 import prefzoo.benchmarks
 from prefzoo.algorithm import ALGORITHMS, list_algorithms
-from prefzoo.cli import main
+from prefzoo.cli import families, main
 from prefzoo.losses import LOSSES
 from prefzoo.plugins import import_file, import_function
 from prefzoo.registry import UsageError
@@ -316,14 +317,19 @@ def test_report(command, monkeypatch, tmp_path):
 # ---- the pages name what there is
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/algorithms.md"])
-def test_the_tables_of_algorithms_are_complete(page):
-    table = [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
-    for name in ALGORITHMS.names():
-        line = next((line for line in table if line.startswith(f"| `{name}`")), "")
-        assert line, f"{name} is missing"
-        paper = ALGORITHMS.entry(name).paper
-        assert page != "README.md" or paper is None or paper.removeprefix("arXiv:") in line
+def test_the_map_of_the_algorithms_says_what_the_registry_says():
+    page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    assert families.filled(page, families.members()) == page, "python -m prefzoo.cli.families docs/algorithms.md"
+    assert sorted(re.findall(r"^\| \[`(\w+)`\]", page, re.M)) == ALGORITHMS.names(), "a family has no section"
+    assert families.filled(page.replace("| labels |", "| nothing |"), families.members()) == page
+
+
+def test_the_readme_names_every_algorithm():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = page.partition("## The algorithms")[2].partition("\n## ")[0]
+    named = re.findall(r"`(\w+)`", "".join(line for line in table.splitlines() if line.startswith("|")))
+    assert [name for name in ALGORITHMS.names() if name not in named] == []
+    assert [name for name in named if name not in list_algorithms()] == []
 
 
 # ---- doctor
