@@ -32,7 +32,7 @@ from prefzoo.parts.preference import compared, loss_named
 from prefzoo.parts.win_rate import Demonstrated, WinMargin, WinRate
 from prefzoo.records import PolicyGradient
 from prefzoo.registry import UsageError
-from prefzoo.theory.enumerable_lm import RESPONSES, EnumerableWorld
+from prefzoo.theory.enumerable_lm import PROMPTS, RESPONSES, EnumerableWorld
 from prefzoo.theory.policies import Tabular
 from prefzoo.theory.populations import total_variation
 from prefzoo.theory.runs import fit, sized
@@ -308,7 +308,7 @@ def run_with(scores_B: Tensor | None = None, table: dict[tuple[int, ...], float]
         return win_BB.sum(1) / meet_BB.sum(1)
 
     if table is None:
-        return SimpleNamespace(compares=False, rewards=lambda samples: scores_B)
+        return SimpleNamespace(compares=False, rewards=lambda samples: scores_B, note=lambda name, values: None)
     return SimpleNamespace(compares=True, rewards=judged)
 
 
@@ -335,8 +335,8 @@ def test_win_rates_of_a_judge_are_its_own() -> None:
     torch.testing.assert_close(beside[3:], torch.tensor([0.75, 0.25, 0.5]))
     with pytest.raises(UsageError, match="no effect on a judge"):
         WinRate(missing_eos_penalty=1.0)(samples, run_with(table=table))
-    with pytest.raises(UsageError, match="beside"):
-        WinRate(against="beside")(replace(samples, columns={}), run_with(table=table))
+    alone = WinRate(against="beside")(replace(samples, columns={}), run_with(table=table))
+    torch.testing.assert_close(alone, found)  # as in an evaluation
 
 
 def test_a_cut_completion_pays_in_its_reward() -> None:
@@ -348,6 +348,8 @@ def test_a_cut_completion_pays_in_its_reward() -> None:
 
 def test_what_the_data_wrote_wins() -> None:
     assert Demonstrated()(samples_of([[0.0, 0.0, 0.0]]), SimpleNamespace()).tolist() == [0.0, 0.0, 1.0]
+    alone = replace(samples_of([[0.0, 0.0]]), columns={})
+    assert Demonstrated()(alone, SimpleNamespace()).isnan().all()
 
 
 # -- Nash learning -----------------------------------------------------------------------------------------------------
@@ -536,6 +538,18 @@ def test_what_does_not_fit_is_told(case: str) -> None:
     name, options, words = MISFITS[case]
     with pytest.raises(UsageError, match=words):
         create_algorithm(name, **options)
+
+
+@pytest.mark.parametrize("name", ["nash_md", "xpo", "spin", "rso", "sppo_iterative"])
+def test_held_out_prompts_are_answered_by_the_policy_alone(name: str, world: EnumerableWorld) -> None:
+    """The reward of an evaluation is that of the policy's samples, whoever else writes in training."""
+    rows = world.rows_for(create_algorithm(name))
+    shown, held_out = ([row for row in rows if row["prompt"] == prompt] for prompt in PROMPTS)
+    run = ended(world, name, rows=shown, eval_dataset=held_out, eval_steps=1).run
+    found = {key: value for line in run.history for key, value in line.items()}
+    assert found["eval/completions/mean_length"] > 0 and "eval/reward/sampler_1" not in found
+    said = "eval/reward/absolute" if name in ("nash_md", "sppo_iterative") else "eval/reward"
+    assert (said in found) == (name != "spin")
 
 
 def test_what_each_needs() -> None:

@@ -18,15 +18,16 @@ Against = Literal["all", "beside"]
 
 
 def opponents(samples: Samples, against: Against) -> Tensor:
-    """Who meets whom, (B, B): all other completions of the prompt, or main ones and those of the samplers beside."""
+    """Who meets whom, (B, B): all other completions of the prompt, or main ones and those of the samplers beside.
+
+    Where nobody sampled beside the policy, as in an evaluation, all others.
+    """
     prompt_B = torch.from_numpy(samples.prompt_B)
     meet_BB = (prompt_B[:, None] == prompt_B) & ~torch.eye(len(prompt_B), dtype=torch.bool)
-    if against == "beside":
-        if "sampler" not in samples.columns:
-            raise UsageError("WinRate(against='beside') needs another sampler: give Rollouts(beside=(Sampler(...),)).")
-        main_B = samples.columns["sampler"] == 0
-        meet_BB = meet_BB & (main_B[:, None] != main_B)
-    return meet_BB
+    if against == "all" or "sampler" not in samples.columns:
+        return meet_BB
+    main_B = samples.columns["sampler"] == 0
+    return meet_BB & (main_B[:, None] != main_B)
 
 
 def mean_wins(win_BB: Tensor, meet_BB: Tensor) -> Tensor:
@@ -48,6 +49,8 @@ class WinRate:
         missing_eos_penalty: subtracted from the reward of completions cut at the limit; not for a judge.
 
     A completion is not compared with itself; the papers that do so count it as one half. NaN where nothing was said.
+    The mean reward that a win rate was made of is logged as ``reward/absolute``: win rates against others of the policy
+    are one half on average, however good it has become.
     """
 
     tau: float = 1.0
@@ -65,10 +68,12 @@ class WinRate:
         if not roles.compares:
             cut_B = samples.columns["finish"] == 1
             scores_B = roles.rewards(samples) - self.missing_eos_penalty * cut_B.float()
+            main_B = samples.columns.get("sampler", torch.zeros(len(scores_B))) == 0
+            roles.note("reward/absolute", scores_B[main_B & ~scores_B.isnan()])
             return mean_wins(torch.sigmoid((scores_B[:, None] - scores_B) / self.tau), meet_BB)
         if self.missing_eos_penalty:
             raise UsageError("missing_eos_penalty has no effect on a judge, which gives probabilities; leave it at 0.")
-        if self.against == "all":
+        if self.against == "all" or "sampler" not in samples.columns:
             return roles.rewards(samples)
         first, second = torch.nonzero(meet_BB.triu(), as_tuple=True)
         rates = roles.rewards(duels(samples, first.numpy(), second.numpy())).view(-1, 2)
@@ -91,11 +96,14 @@ def duels(samples: Samples, first: np.ndarray, second: np.ndarray) -> Samples:
 
 @dataclass(frozen=True)
 class Demonstrated:
-    """What the data wrote is good and what a model wrote is not: 1 and 0. Nobody is asked."""
+    """What the data wrote is good and what a model wrote is not: 1 and 0. Nobody is asked, so an evaluation, where
+    there are samples alone, has no scores."""
 
     needs = frozenset[str]()
 
     def __call__(self, samples: Samples, roles: Roles) -> Tensor:
+        if "sampler" not in samples.columns:
+            return torch.full((len(samples.completions),), torch.nan)
         return (samples.columns["sampler"] != 0).float()
 
 

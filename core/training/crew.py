@@ -134,6 +134,9 @@ class Crew:
             self.mine.add(name, value, weight=len(samples.completions))
         return scores
 
+    def note(self, name: str, values: Tensor) -> None:
+        self.mine.add(name, values)
+
     # ------------------------------------------------------------------------------------ words
 
     def prompts(self, samples: Samples) -> list[Any]:
