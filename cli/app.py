@@ -158,7 +158,10 @@ def train(
     ] = None,
     reward: Annotated[
         list[str] | None,
-        typer.Option(help="reward-model folder, verifier (exact, numeric) or my_file.py:function; repeated: their sum"),
+        typer.Option(
+            help="reward-model folder, verifier (exact, numeric), my_file.py:function, or judge(...), ensemble(...), "
+            "gate(...), rules(...), steps(...); repeated: their sum"
+        ),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="model that is the anchor (default: the start model)")] = None,
     teacher: Annotated[str | None, typer.Option(help="model that is learned from (gkd, minillm, seqkd)")] = None,

@@ -49,7 +49,7 @@ class Calibration:
     fitted_on: int
     before: Quality
     after: Quality
-    bins: tuple[dict[str, float], ...]  # of the reliability figure: which, from, to, pairs, confidence, accuracy
+    bins: tuple[dict[str, Any], ...]  # of the reliability figure: which, from, to, pairs, confidence, accuracy
     held_out: bool  # whether other pairs were measured than fitted
     folder: Path | None = None
 

@@ -80,8 +80,10 @@ class Endpoint:
         request = {k: v for k, v in (request | (body or {})).items() if v is not None}
         self.request = json.dumps(request, sort_keys=True)  # text, so that a run's record hashes it
         # In dictionaries stands what does not change a verdict, so that runs may differ in it (see fingerprint).
-        self._how = {"timeout": timeout, "retries": retries, "backoff": backoff, "concurrency": concurrency,
-                     "max_calls": max_calls, "key_env": key_env}  # fmt: skip
+        self._how: dict[str, Any] = {
+            "timeout": timeout, "retries": retries, "backoff": backoff, "concurrency": concurrency,
+            "max_calls": max_calls, "key_env": key_env,
+        }  # fmt: skip
         self._state: dict[str, Any] = {"lock": threading.Lock(), "calls": 0, "known": {}}
         self._spent = dict.fromkeys(
             ("calls", "cached", "unparsed", "failed", "asked", "prompt_tokens", "completion_tokens"), 0

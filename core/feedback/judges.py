@@ -97,7 +97,7 @@ class Judge(RewardSource):
         self.function = function
         self.both_orders = both_orders
         self.opponents = opponents
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name: str = name or getattr(function, "__name__", None) or type(function).__name__
         self.__name__ = self.name  # a file's judge is a callable of that name
         self._tokenizer = tokenizer
         parameters = inspect.signature(function).parameters.values()
