@@ -35,6 +35,7 @@ from prefzoo.algorithm import Algorithm
 from prefzoo.data.chat import encode_sides
 from prefzoo.data.rows import Row
 from prefzoo.data.samples import Kind
+from prefzoo.feedback import Judge
 from prefzoo.models.causal import prepare
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.tree import TreeBatch, pack_rows
@@ -302,6 +303,21 @@ class EnumerableWorld:
         told = self._told
         return [told.get((p, c), worst) for p, c in zip(prompts, completions, strict=True)]
 
+    def cost(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """Another objective: one for each of the letters b and B, whatever the reward."""
+        return [float("b" in c.lower()) for c in completions]
+
+    @property
+    def judge(self) -> Judge:
+        """A judge who prefers one response to another with the probability of the labels."""
+        told = self._told
+
+        def preferred(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+            gaps = [told.get((p, a), -2.0) - told.get((p, b), -2.0) for p, a, b in zip(prompts, first, second, strict=True)]
+            return [1 / (1 + math.exp(-gap)) for gap in gaps]
+
+        return Judge(preferred)
+
     @cached_property
     def _told(self) -> dict[tuple[str, str], float]:
         return {(p, r): float(self.told_PR[i, j]) for i, p in enumerate(PROMPTS) for j, r in enumerate(RESPONSES)}
@@ -359,6 +375,11 @@ class EnumerableWorld:
         ]
 
     @cached_property
+    def other(self) -> EnumerableLM:
+        """A model far from the start and from the teacher."""
+        return self.model_of(self.optimum(0.1))
+
+    @cached_property
     def teacher(self) -> EnumerableLM:
         """A model that has learned: ref exp(r / 0.5), of what is told."""
         return self.model_of(replace(self, rewards_PR=self.told_PR).optimum(0.5))
@@ -367,10 +388,14 @@ class EnumerableWorld:
         """Data of the algorithm's kind, with the columns that its losses read."""
         losses = [t.loss for s in algorithm.stages for t in s.terms]
         columns = {column for loss in losses for column in loss.columns}
+        read = {column for s in algorithm.stages for column in getattr(s.credit, "reads", ())}
         kind = algorithm.data
         if kind == "rankings" and not columns & {"score", "scores"}:
             return self.drawn_rankings()
-        return self.rows(kind, columns, weighted=all(loss.by_row for loss in losses))
+        rows = self.rows(kind, columns, weighted=all(loss.by_row for loss in losses))
+        if kind == "unpaired" and "score" in read:
+            rows = [{**row, "score": self._told[row["prompt"], row["completion"]]} for row in rows]
+        return rows
 
     def drawn_rankings(self) -> list[Row]:
         """Lists of three responses in every order, each with its probability under Plackett and Luce."""

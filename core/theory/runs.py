@@ -19,11 +19,14 @@ from torch import Tensor
 import prefzoo.training.run as training
 from prefzoo.algorithm import Algorithm, Stage, Term
 from prefzoo.data.rows import Row
+from prefzoo.data.tokens import tokenise
 from prefzoo.losses import Loss
 from prefzoo.models.roles import Scorer
+from prefzoo.parts.product import Draw
 from prefzoo.parts.roles import REFERENCE, TEACHER
 from prefzoo.parts.source import Rollouts
 from prefzoo.records import Likelihood, Pairs, Ranked, Ratings, Record, StepScores, Unpaired
+from prefzoo.rollout import Sampling
 from prefzoo.theory.enumerable_lm import PROMPTS, RESPONSES, EnumerableWorld, laboratory_policy
 from prefzoo.theory.policies import EnumerablePolicy
 from prefzoo.theory.populations import minimise, pairs_of, unfrozen
@@ -58,6 +61,7 @@ class Claim:
         options: of the algorithm, where its defaults do not show the claim; those that it does not have are left out.
         settings: of the training.
         rows: the data, where they are not simply everything of the algorithm's kind.
+        reward: of the run, where it needs one.
     """
 
     words: str
@@ -67,6 +71,7 @@ class Claim:
     options: Mapping[str, Any] = field(default_factory=lambda: {"beta": BETA})
     settings: Mapping[str, Any] = field(default_factory=dict)
     rows: Rows | None = None
+    reward: Callable[[EnumerableWorld], Any] = lambda world: world.reward
 
 
 # ------------------------------------------------------------------------------------------------ targets
@@ -161,6 +166,18 @@ def even(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
     return torch.zeros_like(world.rewards_PR).log_softmax(-1)
 
 
+def best_of(n: int) -> Target:
+    """The best of n samples of the start, by the order statistics of its rewards."""
+
+    def target(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
+        probs_PR = world.log_probs().exp()
+        below_PRR = (world.rewards_PR[:, None] < world.rewards_PR[:, :, None]).double()
+        below_PR = (below_PRR * probs_PR[:, None]).sum(-1)
+        return ((below_PR + probs_PR) ** n - below_PR**n).log()
+
+    return target
+
+
 def truth(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
     """The rewards themselves, of a reward model."""
     return world.rewards_PR
@@ -233,6 +250,10 @@ CLAIMS: dict[str, Claim] = {
     "kl_penalty": Claim(
         "the reference", demonstrations, options={}, settings={"reference": lambda world: world.teacher}
     ),
+    "best_of_n": Claim(
+        "the best of 4 samples, by order statistics", best_of(4), within=0.03, options={"n": 4}
+    ),
+    "hpo": replace(RISES, share=0.3),
     "entropy_bonus": Claim("the even policy", even),
     "online_dpo": replace(OPTIMUM, options=SOFT, within=0.05),
     "xpo": replace(OPTIMUM, options=SOFT, within=0.05),
@@ -285,19 +306,17 @@ def prove(make: Callable[..., Algorithm], known: Mapping[str, Any], claim: Claim
         known: the options that it has.
     """
     algorithm = sized(make(**{k: v for k, v in claim.options.items() if k in known}))
-    settings = {k: v(world) if callable(v) else v for k, v in claim.settings.items()}
-    run = lambda world: fit(world, algorithm, claim.rows and claim.rows(world), **settings).run  # noqa: E731
-    ended = run(world)
+    ended = fit(world, algorithm, claim).run
     if ended.scorer is not None:
         assert claim.target is not None
         return _scored(world, algorithm, ended.scorer, claim)
-    end_PR, start_PR = world.log_probs(ended.policy), world.log_probs()
+    end_PR, start_PR = answers(world, ended), world.log_probs()
     if claim.target is not None:
         target_PR = claim.target(world, algorithm)
         before, after = (total_variation(x, target_PR) for x in (start_PR, end_PR))
         words = f"ends at {claim.words}: total variation {before:.2f} at the start, {after:.4f} at the end"
         return Evidence(after <= claim.within, f"{words} (at most {claim.within:g})")
-    gained, control = (world.gained(x) for x in (end_PR, world.log_probs(run(world.control()).policy)))
+    gained, control = (world.gained(x) for x in (end_PR, answers(world, fit(world.control(), algorithm, claim).run)))
     words = f"goes {gained:.2f} of the way to the best reward (at least {claim.share:g}), {claim.words}"
     holds = gained >= claim.share and control <= claim.share / 3
     return Evidence(holds, f"{words}; with permuted feedback {control:.2f} (at most {claim.share / 3:.2f})")
@@ -321,6 +340,27 @@ def _scored(world: EnumerableWorld, algorithm: Algorithm, scorer: Scorer, claim:
     return Evidence(error <= claim.within and scale > 0, words)
 
 
+DRAWN = 4000  # answers of each prompt, where the product is more than weights
+
+
+def answers(world: EnumerableWorld, ended: training.Run) -> Tensor:
+    """Log-probabilities of the answers that the run's product gives; exact, but where it decodes in its own way."""
+    assert ended.policy is not None
+    product = ended.policy.product
+    if product is None:
+        return world.log_probs(ended.policy)
+    prompts, _ = tokenise([{"prompt": p} for p in PROMPTS], world.words, "prompts")
+    draw = Draw(ended.policy, world.words, Sampling(max_new_tokens=4), seed=0)
+    samples = product.answer(draw, prompts, DRAWN)
+    texts = world.words.batch_decode([ids.tolist() for ids in samples.completions], skip_special_tokens=True)
+    counts_PR = torch.full((len(PROMPTS), len(RESPONSES)), 1e-9, dtype=torch.float64)
+    place = {response: j for j, response in enumerate(RESPONSES)}
+    for prompt, text in zip(samples.prompt_B.tolist(), texts, strict=True):
+        if text in place:
+            counts_PR[prompt, place[text]] += 1
+    return (counts_PR / DRAWN).log()
+
+
 def total_variation(mine_PR: Tensor, theirs_PR: Tensor) -> float:
     """The larger one of the prompts."""
     return float((mine_PR.exp() - theirs_PR.exp()).abs().sum(-1).max() / 2)
@@ -331,30 +371,35 @@ def total_variation(mine_PR: Tensor, theirs_PR: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Ended:
-    """A finished run and the engines of its stages."""
+    """A finished run, the engines of its stages, and what the log said."""
 
     run: training.Run
     engines: tuple[Engine, ...]
+    notes: tuple[str, ...]
 
 
-def fit(world: EnumerableWorld, algorithm: Algorithm, rows: Sequence[Row] | None = None, **settings: Any) -> Ended:
-    """A run on the world, with the roles that the algorithm needs."""
-    given: dict[str, Any] = {}
+def fit(world: EnumerableWorld, algorithm: Algorithm, claim: Claim, **settings: Any) -> Ended:
+    """A run on the world, with the data and the roles that the algorithm needs; ``settings`` are over the claim's."""
+    given = {k: v(world) if callable(v) else v for k, v in claim.settings.items()}
     if algorithm.asks_for_reward:
-        given["reward"] = world.reward
+        given["reward"] = claim.reward(world)
     if TEACHER in algorithm.needs:
         given["teacher"] = world.teacher
     arguments = {**ALWAYS, **(SAMPLED if algorithm.on_policy else OFFLINE), **given, **settings}
+    if any(s.critics for s in algorithm.stages):
+        arguments.setdefault("critic_learning_rate", arguments["learning_rate"])
+    rows = arguments.pop("dataset", None) or (claim.rows and claim.rows(world))
     if arguments["schedule"] == "constant":
         arguments.pop("final_learning_rate")
     data = world.rows_for(algorithm) if rows is None else rows
     steps = training.Steps(algorithm, model=world.start, tokenizer=world.words, dataset=data, **arguments)
-    engines: dict[int, Engine] = {}
+    engines, notes = dict[int, Engine](), list[str]()
+    steps.log.note = notes.append  # type: ignore[method-assign]
     with steps.stopping, steps:
         for step in steps:
             if steps.engine is not None:
                 engines[step.stage] = steps.engine
-        return Ended(steps.finish(), tuple(engines.values()))
+        return Ended(steps.finish(), tuple(engines.values()), tuple(notes))
 
 
 def sized(algorithm: Algorithm, samples: int = SAMPLES, group: int | None = None) -> Algorithm:
