@@ -75,7 +75,7 @@ def everything_hash() -> str:
     Registered losses are left out: each counts for the cells that use it (``Job.sources``).
     """
     shared = Path(prefzoo.losses.__file__).resolve().parent
-    files = {*layer_files(), *(Path(__file__).with_name(n) for n in ("jobs.py", "tasks.py"))}
+    files = {*layer_files(), *(Path(__file__).with_name(n) for n in ("jobs.py", "tasks.py", "judges.py"))}
     return source_hash(files | {shared / f"{n}.py" for n in ("base", "advantages", "kl", "numerics")})
 
 

@@ -271,8 +271,12 @@ def replication() -> Suite:
     )
 
 
-# Where the defaults are absurd for models of this size, and no more: everything else is as the papers have it.
-ZOO: dict[str, dict[str, Any]] = {}
+# Where a default is absurd for models of this size, or for what this world measures, and no more: everything else is
+# as the papers have it. docs/zoo.md says why.
+ZOO: dict[str, dict[str, Any]] = {
+    "safe_rlhf": {"options": {"budget": 0.1}},
+    "rbr": {"options": {"rl": "ppo(max_new_tokens=44, group_size=8)"}},
+}
 
 
 @SUITES.register

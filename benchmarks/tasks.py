@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from prefzoo.algorithm import Algorithm, create_algorithm
+from prefzoo.algorithm import create_algorithm
 from prefzoo.benchmarks import statistics
+from prefzoo.benchmarks.judges import reward_of
 from prefzoo.data.formats import convert, load_dataset
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.data.tokens import tokenise
@@ -29,7 +30,6 @@ from prefzoo.generation import sample, texts
 from prefzoo.models.load import learn_tokenizer, load_policy, load_scorer, load_tokenizer, save_scorer, tiny_model
 from prefzoo.models.reference import token_scores
 from prefzoo.models.roles import Policy
-from prefzoo.parts.feedback import Objectives, Verifier
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Finish, Sampling
 from prefzoo.seeds import derive_seed, generator
@@ -351,7 +351,11 @@ def _train_cell(params: Params, inputs: Inputs, folder: Path, tokenizer: Any, st
         return _sft_more(params, inputs, common)
     made = create_algorithm(method["algorithm"], **method["options"])
     if made.asks_for_reward:
-        common["reward"] = _reward_of(made, params, inputs, tokenizer)
+        proxy = inputs["reward_model"] / "run" / "final" if "reward_model" in inputs else None
+        reward = reward_of(made, proxy, _world(params), tokenizer)
+        if s["permuted"]:
+            reward = Permuted(reward, tokenizer, derive_seed(seed, "permuted rewards"))
+        common["reward"] = reward
     if "teacher" in inputs:
         common["teacher"] = inputs["teacher"] / "run" / "final"
 
@@ -376,33 +380,6 @@ def _train_cell(params: Params, inputs: Inputs, folder: Path, tokenizer: Any, st
             curve.add(run.history[-1]["step"], run.policy)
         curve.gather()
     return run.policy, run.spent.to_dict()
-
-
-def _reward_of(made: Algorithm, params: Params, inputs: Inputs, tokenizer: Any) -> Any:
-    """Who judges: the exact check for those that ask for a verifier, and where there is nothing else; else the proxy.
-
-    Of several objectives the proxy is the first, and the others are costs that the world can tell: how much flattery.
-    """
-    world, s = _world(params), params["task"]["settings"]
-    verifies = any(isinstance(stage.feedback, Verifier) for stage in made.stages)
-    checked = world is not None and (verifies or "reward_model" not in inputs)  # sums has no preferences to learn
-    reward: Any = world.exact_reward if checked else inputs["reward_model"] / "run" / "final"
-    if s["permuted"]:
-        reward = Permuted(reward, tokenizer, derive_seed(params["seed"], "permuted rewards"))
-    several = (stage.feedback for stage in made.stages if isinstance(stage.feedback, Objectives))
-    many = max((feedback.count or 1 for feedback in several), default=1)
-    return reward if many == 1 else [reward, *[Flattery(world)] * (many - 1)]
-
-
-class Flattery:
-    """A cost: the phrases of flattery in an answer, which the annotators like and the truth does not."""
-
-    def __init__(self, world: Any) -> None:
-        self._world = world
-        self.__name__ = "flattery"
-
-    def __call__(self, *, completions: list[str], request: list[Any], **columns: Any) -> list[float]:
-        return [self._world.parts(r, c, True)["flattery"] for r, c in zip(request, completions, strict=True)]
 
 
 def _sft_more(params: Params, inputs: Inputs, common: dict[str, Any]) -> tuple[Policy, Facts]:

@@ -177,7 +177,7 @@ def test_the_layer_is_everything_that_no_registered_function_stands_for(monkeypa
     jobs.everything_hash.__wrapped__()
     core, losses, own = (Path(m.__file__).resolve().parent for m in (prefzoo, prefzoo.losses, benchmarks))
     layer = {file for file in core.rglob("*.py") if file.relative_to(core).parts[0] not in OUTSIDE}
-    assert layer | {own / "jobs.py", own / "tasks.py"} <= read
+    assert layer | {own / f"{n}.py" for n in ("jobs", "tasks", "judges")} <= read
     names = prefzoo.losses.list_losses()
     cells = {Path(m.__file__).resolve() for n in names for m in with_helpers(of(n))}
     for file in losses.glob("*.py"):
