@@ -24,7 +24,8 @@ class RunningScale:
     Its numbers belong to the run: give it under ``controllers`` too, so that checkpoints hold it.
 
     >>> scale = RunningScale()
-    >>> scale.see(torch.tensor([1.0, 3.0])), scale.see(torch.tensor([5.0, 7.0, float("nan")]))
+    >>> scale.see(torch.tensor([1.0, 3.0]))
+    >>> scale.see(torch.tensor([5.0, 7.0, float("nan")]))
     >>> scale.mean, round(scale.value, 4)
     (4.0, 2.582)
     """
