@@ -26,7 +26,7 @@ from prefzoo.models.teacher import with_teacher
 from prefzoo.models.tree import TreeBatch, micro_batches, shares
 from prefzoo.parts.reference import EachRound, Moving
 from prefzoo.parts.roles import HEADS, POLICY, REFERENCE, REWARD, critic_of_role, of_critic
-from prefzoo.parts.source import Rollouts
+from prefzoo.parts.source import Rollouts, Sampler
 from prefzoo.processes import ALONE, Processes
 from prefzoo.records import StepScores
 from prefzoo.registry import RunError, UsageError
@@ -395,6 +395,9 @@ class Engine(Collector):
     def evaluate(self, held_out: Samples) -> dict[str, float]:
         """Metrics on rows that are not trained on, named ``eval/...``: the losses, or the rewards of fresh samples.
 
+        Where the reward is a judge and nobody writes beside the policy, that is how often its answer beats one of the
+        reference's.
+
         Samples are drawn with the same random numbers every time, so that evaluations differ by the weights alone.
         """
         training, self.now = self.now, Meter()
@@ -440,7 +443,11 @@ class Engine(Collector):
         seed = derive_seed(self.config.seed, "evaluation")
         source = self.stage.source
         assert isinstance(source, Rollouts)
-        own = replace(source, group_size=self.config.eval_samples, by="policy", beside=(), share=1.0)
+        size, beside = self.config.eval_samples, source.beside
+        if self.compares and not beside:  # its mean over answers of one policy is 1/2, whatever the policy
+            beside = (Sampler("reference"),) if self.reference is not None else ()
+            size = 1 if beside else max(size, 2)
+        own = replace(source, group_size=size, by="policy", beside=beside, share=1.0)
         samples, scores = self._sample(held_out, None, seed, own)
         if self.reference is not None:
             samples = samples.with_tokens(ref_logps=self.reference_logps(samples))
