@@ -45,6 +45,7 @@ QUICK: dict[str, Any] = {
 ROWS = 12  # of an optimizer step, where rows come from data
 SPLIT = 1e-3  # largest relative difference of the change of the weights when the batch is cut otherwise
 SHIFT = 4.0  # added to all rewards; a power of two, so that nothing is rounded
+RISING: dict[str, Any] = {"words": "more reward", "target": None, "share": 0.2, "options": {}}
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,18 @@ class Subject:
     make: Callable[..., Algorithm]
     known: tuple[str, ...] = ()
     entry: Entry | None = None
+    given: tuple[str, ...] = ()  # options that are bound
     world: EnumerableWorld = field(default_factory=EnumerableWorld.make)
 
     @property
     def tags(self) -> Mapping[str, Any]:
         return {} if self.entry is None else self.entry.tags
 
-    @property
+    @cached_property
     def claim(self) -> Claim:
-        return claim_of(self.algorithm, self.tags)
+        """Of options that a claim chooses otherwise it says nothing; then the reward must rise."""
+        claim = claim_of(self.algorithm, self.tags)
+        return replace(claim, **RISING) if set(claim.options) & set(self.given) else claim
 
     @cached_property
     def algorithm(self) -> Algorithm:

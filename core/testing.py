@@ -1,10 +1,13 @@
-"""The loss contract as functions you can call: ``check_loss("dpo")``, or on a loss of your own.
+"""The contracts of losses and of algorithms as functions you can call, on entries of ours and of your own.
 
-    from prefzoo.testing import check_loss
+    from prefzoo.testing import check_algorithm, check_loss
     check_loss(my_loss)                    # every check; raises ContractError with cause and cure of each failure
     check_loss("clipped_surrogate", clip_high=0.28)
+    check_algorithm("rloo", kl=0.1)        # trained on a language model whose responses can be enumerated
+    check_algorithm(my_algorithm)          # a function that returns an Algorithm, registered or not
 
-The checks are in ``prefzoo.contract``, named as in ``CHECKS``. A check holds for every correct loss; where a loss
+The checks are in ``prefzoo.contract``, named as in ``CHECKS``, and in ``prefzoo.algorithm_checks``, named as in
+``ALGORITHM_CHECKS``. A check holds for every correct loss; where a loss
 breaks one on purpose, its registration says so, ``@register_loss(exceptions={"reference_shift": "has an NLL term"})``,
 and from then on ``check_loss`` insists that it does break it. ``"reward_shift@centering"`` speaks of the check where
 that option is not at its default.
@@ -13,6 +16,7 @@ that option is not at its default.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,14 +24,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from prefzoo.algorithm import ALGORITHMS, Algorithm, algorithm_entry, create_algorithm
+from prefzoo.algorithm_checks import ALGORITHM_CHECKS, Subject
 from prefzoo.contract import CHECKS, ContractError, NotApplicable, breaks, exceptions_of
 from prefzoo.losses.base import LOSSES, MODIFIERS, Loss, create_loss
 from prefzoo.parts.count import UNITS
 from prefzoo.records import LossOut, Record
-from prefzoo.registry import UsageError, suggest
+from prefzoo.registry import Entry, UsageError, suggest
 from prefzoo.trial import is_trained, random_record
 
-__all__ = ["CHECKS", "Check", "ContractError", "check_loss", "is_trained", "loss_checks", "random_record"]
+__all__ = [
+    "ALGORITHM_CHECKS", "CHECKS", "AlgorithmCheck", "Check", "ContractError", "algorithm_checks", "check_algorithm",
+    "check_loss", "is_trained", "loss_checks", "random_record",
+]  # fmt: skip
 
 
 FIRST = "unreduced"  # the check without which the others have nothing to look at
@@ -89,6 +100,8 @@ def loss_checks(loss: str | Callable[..., LossOut] | Loss, /, **options: Any) ->
             raise UsageError(f"loss {bound.name!r} refuses {name!r}: no modifier{suggest(name, MODIFIERS.names())}")
     for key in declared:
         check, _, option = key.partition("@")
+        if check in ALGORITHM_CHECKS:  # of its default composition
+            continue
         if check not in CHECKS:
             raise UsageError(
                 f"loss {bound.name!r}: no check {check!r}{suggest(check, CHECKS)} Known: {', '.join(CHECKS)}."
@@ -99,6 +112,105 @@ def loss_checks(loss: str | Callable[..., LossOut] | Loss, /, **options: Any) ->
     exceptions = exceptions_of(bound)
     for name in CHECKS:
         yield Check(name, bound, exceptions.get(name), insists=name in declared and not bound.options)
+
+
+@dataclass(frozen=True)
+class AlgorithmCheck:
+    """One check of one algorithm. Call it: it returns how it went, or raises ``ContractError``."""
+
+    name: str
+    subject: Subject
+    exception: str | None = None
+    insists: bool = True  # that the exception is needed
+
+    @property
+    def line(self) -> str:
+        """What the check demands."""
+        return (inspect.getdoc(ALGORITHM_CHECKS[self.name]) or "").split("\n", 1)[0]
+
+    def __call__(self) -> str:
+        """``"passed"``, ``"passed: what was seen"``, ``"not applicable: why"``, or ``"exception: why"``.
+
+        On one thread: the tensors are so small that a second one makes it slower.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            seen = ALGORITHM_CHECKS[self.name](self.subject)
+            outcome = "passed" if seen is None else f"passed: {seen}"
+        except NotApplicable as reason:
+            outcome = f"not applicable: {reason}"
+        except Exception as error:  # whatever a user's part raises in a plain run is a failure of the check
+            if self.exception is not None:
+                return f"exception: {self.exception}"
+            told = str(error) if isinstance(error, ContractError) else f"It raised {type(error).__name__}: {error}"
+            raise ContractError(f"algorithm {self.subject.name!r} breaks {self.name!r} ({self.line}) {told}") from error
+        finally:
+            torch.set_num_threads(threads)
+        if self.exception is not None and self.insists:
+            raise ContractError(
+                f"algorithm {self.subject.name!r} declares an exception from {self.name!r} ({self.exception}), but it "
+                f"holds ({outcome}): remove the exception."
+            )
+        return outcome
+
+
+def algorithm_checks(
+    algorithm: str | Callable[..., Algorithm] | Algorithm, /, **options: Any
+) -> Iterator[AlgorithmCheck]:
+    """The checks of an algorithm, given by its name, by a function that makes it, or as a composition.
+
+    They share their runs: call them in this order.
+    """
+    subject = _subject(algorithm, options)
+    declared = subject.tags.get("exceptions", {})
+    for key in declared:
+        if key not in ALGORITHM_CHECKS and key.partition("@")[0] not in CHECKS:
+            near = suggest(key, ALGORITHM_CHECKS)
+            raise UsageError(f"algorithm {subject.name!r}: no check {key!r}{near} Known: {', '.join(ALGORITHM_CHECKS)}.")
+    for name in ALGORITHM_CHECKS:
+        yield AlgorithmCheck(name, subject, declared.get(name), insists=not options)
+
+
+def check_algorithm(algorithm: str | Callable[..., Algorithm] | Algorithm, /, **options: Any) -> dict[str, str]:
+    """Run every check of an algorithm; raise one ``ContractError`` that lists all failures, or return how each went.
+
+    It is trained some twenty times, on a language model whose responses can be enumerated: a second or two.
+
+    >>> check_algorithm("sft")["learns"].partition(":")[0]
+    'passed'
+    """
+    results, failures = {}, []
+    for check in algorithm_checks(algorithm, **options):
+        try:
+            results[check.name] = check()
+        except ContractError as error:
+            failures.append(str(error))
+    if failures:
+        raise ContractError("\n".join(failures))
+    return results
+
+
+def _subject(algorithm: str | Callable[..., Algorithm] | Algorithm, options: dict[str, Any]) -> Subject:
+    """What is proved, whichever way it is given."""
+    if isinstance(algorithm, Algorithm):
+        if options:
+            raise UsageError(f"a composition has no options: {', '.join(options)} have no effect; give its name.")
+        return Subject(algorithm.name, lambda: algorithm)
+    entry: Entry | None = None
+    if callable(algorithm):
+        name = getattr(algorithm, "__name__", repr(algorithm))
+        if name in ALGORITHMS and inspect.unwrap(ALGORITHMS.entry(name).function) is inspect.unwrap(algorithm):
+            algorithm = name
+    if isinstance(algorithm, str):
+        entry = algorithm_entry(algorithm)
+        entry.check_options(options, "algorithm")
+        name, make = entry.name, functools.partial(create_algorithm, entry.name)
+        known = tuple(entry.options)
+    else:
+        make = algorithm
+        known = tuple(p.name for p in inspect.signature(algorithm).parameters.values() if p.kind is p.KEYWORD_ONLY)
+    return Subject(name, functools.partial(make, **options), tuple(k for k in known if k not in options), entry, tuple(options))
 
 
 def check_loss(loss: str | Callable[..., LossOut] | Loss, /, **options: Any) -> dict[str, str]:
