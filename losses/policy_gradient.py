@@ -264,7 +264,15 @@ def sapo(batch: PolicyGradient, *, temperature_pos: Positive = 1.0, temperature_
     return LossOut(-4 / tau_BT * sigmoid_BT * advantages_BT, {**ratio_metrics(log_ratio_BT), "gate": gate_BT})
 
 
-@register_loss(paper="arXiv:1602.01783", reference=False, extras=("entropy_BT",), refuses=BESIDE)
+WITHOUT_REWARD = {  # what no algorithm does that is this term alone
+    "roles_used": "it does not look at the reward: it is a term beside others",
+    "constant_reward": "it does not look at the reward: it is a term beside others",
+}
+
+
+@register_loss(
+    paper="arXiv:1602.01783", reference=False, extras=("entropy_BT",), refuses=BESIDE, exceptions=WITHOUT_REWARD
+)
 def entropy_bonus(batch: PolicyGradient) -> LossOut:
     """Entropy as a term of the loss: the policy is paid for staying undecided.
 
@@ -299,7 +307,7 @@ def entropy_bonus(batch: PolicyGradient) -> LossOut:
     return LossOut(-entropy_BT, {"entropy": entropy_BT.detach()})
 
 
-@register_loss(paper="arXiv:2402.03300", refuses=BESIDE)
+@register_loss(paper="arXiv:2402.03300", refuses=BESIDE, exceptions=WITHOUT_REWARD)
 def kl_penalty(
     batch: PolicyGradient,
     *,
