@@ -6,7 +6,7 @@ Samples are averaged within a prompt first; seeds are a random effect (``statist
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def _pairs(task: Task, answers: Mapping[str, Answers], verdicts: str = "all") ->
     clusters = answers["start"].clusters
     rows: list[dict[str, Any]] = []
     gaps = []
-    chosen = itertools.combinations(names, 2)
+    chosen: Iterable[tuple[str, str]] = itertools.combinations(names, 2)
     if verdicts != "all":
         chosen = ((n, verdicts) for n in names if n != verdicts and verdicts in answers)
     for a, b in chosen:
@@ -163,7 +163,7 @@ def _pairs(task: Task, answers: Mapping[str, Answers], verdicts: str = "all") ->
         head = statistics.estimate(answers[a].wins_SN(answers[b], task.metric), clusters=clusters, null=0.5)
         gaps.append(gap)
         rows.append({"a": a, "b": b, "head_to_head": head.to_dict(), "difference": gap.to_dict()})
-    adjusted = statistics.holm([g.p for g in gaps]) if gaps else []
+    adjusted = statistics.holm([g.p for g in gaps]).tolist() if gaps else []
     for row, gap, p in zip(rows, gaps, adjusted, strict=True):
         row |= {"p_holm": float(p), "verdict": statistics.verdict(gap, float(p))}
     return rows

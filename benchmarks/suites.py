@@ -9,6 +9,7 @@ from typing import Any, Literal
 from prefzoo.algorithm import ALGORITHMS, algorithm_entry, create_algorithm, list_algorithms
 from prefzoo.parts.feedback import Verifier
 from prefzoo.parts.roles import TEACHER
+from prefzoo.parts.source import Rollouts
 from prefzoo.registry import Registry, UsageError
 
 Kind = Literal["requests", "sums", "pairs"]
@@ -43,7 +44,7 @@ def about(method: Method) -> dict[str, str]:
     if method.algorithm is None:
         return {"group": "baseline", "sees": "demonstrations" if method == SFT_MORE else "–"}
     made = create_algorithm(method.algorithm, **method.options)
-    sees = [] if made.on_policy else [made.data]
+    sees: list[str] = [] if made.on_policy else [made.data]
     if made.asks_for_reward:
         sees.append("exact check" if any(isinstance(s.feedback, Verifier) for s in made.stages) else "proxy")
     if TEACHER in made.needs:
@@ -83,14 +84,15 @@ class Task:
         made = create_algorithm(method.algorithm, **options)
         kind = "rollouts" if made.on_policy else made.data
         training = dict(self.recipes.get(kind, {})) | dict(method.training)
-        if self.completions is None or not made.stages or not made.on_policy:
+        if self.completions is None or not made.stages or not isinstance(made.stages[0].source, Rollouts):
             return options, training
+        each = made.stages[0].source.completions
         per_step, total = self.completions
         for name, completions in (("prompts_per_step", per_step), ("prompts_per_round", 8 * per_step)):
             if name in known and name not in method.options:
-                options[name] = max(1, completions // made.stages[0].source.completions)
+                options[name] = max(1, completions // each)
         stage = create_algorithm(method.algorithm, **options).stages[0]
-        steps = max(1, round(total / (stage.schedule.prompts * stage.source.completions)))
+        steps = max(1, round(total / (stage.schedule.prompts * each)))
         return options, {"max_steps": steps, **training}
 
 
@@ -254,7 +256,9 @@ _OFTEN = {"logging_steps": 5}
 def replication() -> Suite:
     """The founding seven against best-of-n: gold reward and KL to the start along training."""
     own = {"rejection_sampling": {"max_steps": 5, "logging_steps": 1}, "rlvr": {"max_steps": 40}}
-    places = {"dpo": _POINTS["pairs"], "ipo": _POINTS["pairs"], "kto": _POINTS["pairs"], "rejection_sampling": True}
+    places: dict[str, bool | tuple[int, ...]] = {
+        "dpo": _POINTS["pairs"], "ipo": _POINTS["pairs"], "kto": _POINTS["pairs"], "rejection_sampling": True,
+    }  # fmt: skip
     methods = tuple(
         replace(m, training={**_OFTEN, **m.training, **own.get(m.name, {})},
                 curve=places.get(m.name, _POINTS["rollouts"]))

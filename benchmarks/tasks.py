@@ -137,6 +137,10 @@ def _rated(world: Any, rows: Rows, words: list[str], flags: list[bool], s: Mappi
             decided, agreed = decided + (truth != 0), agreed + (truth > 0)
     _write_rows(folder / "data.jsonl", pairs)
     _write_rows(folder / "rankings.jsonl", rankings)
+    sides = (({k: p[k] for k in ("prompt", "request")}, p[side], p[f"score_{side}"], side) for p in pairs
+             for side in ("chosen", "rejected"))  # fmt: skip
+    labelled = [{**row, "completion": y, "label": side == "chosen", "score": score} for row, y, score, side in sides]
+    _write_rows(folder / "unpaired.jsonl", labelled)
     return {"rows": len(pairs), "rankings": len(rankings), "agreement": agreed / max(decided, 1)}
 
 
@@ -368,8 +372,8 @@ def _train_cell(params: Params, inputs: Inputs, folder: Path, tokenizer: Any, st
             curve.add(step, policy)
 
     training = {"logging_steps": 10, **method["training"]}
-    rated = s.get("rated") and made.data in ("rankings", "scored")
-    file = "train" if task["kind"] == "pairs" else "rankings" if rated else "data"
+    rated = {"rankings": "rankings", "scored": "rankings", "unpaired": "unpaired"} if s.get("rated") else {}
+    file = "train" if task["kind"] == "pairs" else rated.get(made.data, "data")
     run = train(
         method["algorithm"], dataset=inputs["data"] / f"{file}.jsonl", callback=callback, **common, **training,
         **method["options"],
