@@ -57,8 +57,8 @@ def sapo(*, temperature_pos: Positive = 1.0, temperature_neg: Positive = 1.05, *
 
         prefzoo.train("sapo", model="my-model", dataset="problems.jsonl", reward="numeric", max_steps=100)
     """
-    gate = {"temperature_pos": temperature_pos, "temperature_neg": temperature_neg}
-    return Algorithm(**grouped("sapo", sampling, **gate))
+    parts = grouped("sapo", sampling, temperature_pos=temperature_pos, temperature_neg=temperature_neg)
+    return Algorithm(**parts)
 
 
 @register_algorithm(paper="arXiv:2505.23585", recommended={"learning_rate": 1e-6}, shared=GROUPED)

@@ -349,7 +349,7 @@ def generation_schedule(
     """TRL's batch sizes, which count completions, as prompts per sampling and optimizer steps per pass.
 
     >>> generation_schedule(group=4, micro=8, accumulation=2, per_generation=4, generation=None, iterations=2)
-    Schedule(prompts=8, inner_epochs=2, minibatches=2, minibatch_rows=None)
+    Schedule(prompts=8, inner_epochs=2, minibatches=2, minibatch_rows=None, steps=None, rate=1.0)
     """
     where = f"trl:{trainer}:"
     if per_generation is not None and generation is not None:
