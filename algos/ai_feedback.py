@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from prefzoo.algorithm import Algorithm, Stage, Term, create_algorithm, register_algorithm
+from prefzoo.algorithm import Algorithm, Stage, Term, algorithm_entry, create_algorithm, register_algorithm
 from prefzoo.feedback.sources import read_call
 from prefzoo.losses import create_loss
 from prefzoo.parts.feedback import Reward
@@ -24,12 +24,13 @@ Labels = Literal["soft", "hard"]
 
 
 def reinforced(text: str, **options: Any) -> tuple[Stage, ...]:
-    """The stages of the on-policy algorithm that a text names, ``ppo(kl=0.1)``; ``options`` unless it says others."""
+    """The stages of the on-policy algorithm that a text names, ``ppo(kl=0.1)``; ``options``: what it leaves open."""
     name, bracket, _ = text.partition("(")
     values, own = read_call(text) if bracket else ([], {})
     if values:
         raise UsageError(f"rl={text!r}: write each option as option=value; {values[0]!r} has no name.")
-    stages = create_algorithm(name.strip(), **{**options, **own}).stages
+    known = algorithm_entry(name.strip()).options
+    stages = create_algorithm(name.strip(), **{k: v for k, v in options.items() if k in known} | own).stages
     if not stages or not stages[0].on_policy or type(stages[0].feedback) is not Reward:
         raise UsageError(f"rl={text!r} does not learn from rewards of its samples; take 'ppo', 'rloo' or 'grpo', say.")
     return stages
