@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,15 @@ from scipy import stats
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, RwkvConfig
 
+import prefzoo
 from prefzoo.data.samples import Ragged, Samples
-from prefzoo.models.load import load_causal, load_policy
+from prefzoo.data.tokens import tokenise
+from prefzoo.feedback import RewardSource
+from prefzoo.models.load import learn_tokenizer, load_causal, load_policy, tiny_model
 from prefzoo.models.reference import reference_of
 from prefzoo.models.roles import Policy
-from prefzoo.models.tree import TreeBatch
+from prefzoo.models.tree import TreeBatch, pack_rows
+from prefzoo.parts.product import BestOfN, Draw, Prefix, Product, best_of, best_of_n_kl, read_product, write_product
 from prefzoo.registry import UsageError
 from prefzoo.rollout import CacheEngine, LoopEngine, Mixture, Next, Sampling, rollout_engine
 
@@ -237,3 +243,181 @@ def test_mixtures_that_cannot_be_are_refused_in_words() -> None:
     for other, words in ((wider, "same vocabulary.*13, 20"), (shorter, "8 positions")):
         with pytest.raises(UsageError, match=words):
             rollout_engine(policy, EOS).generate(PROMPTS, 1, Sampling(max_new_tokens=5), 0, decoder=Mixture(other, 0.5))
+
+
+# ------------------------------------------------------------------------------------------------ products
+
+
+TOKENS = 260  # of the tokenizer
+
+
+@pytest.fixture(scope="module")
+def start() -> tuple[Policy, Any]:
+    words = learn_tokenizer(["ab"], 261)
+    model = tiny_model(words, seed=3)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.5)  # they are the input's too: else it repeats the last token
+    return Policy(load_causal(model)), words
+
+
+class ByToken(RewardSource):
+    """A reward of the first token of a completion."""
+
+    name, verifies = "by_token", True
+
+    def __init__(self, rewards_V: Tensor) -> None:
+        self.rewards_V = rewards_V
+
+    def __call__(self, samples: Samples) -> Tensor:
+        first = samples.completions.flat[samples.completions.offsets[:-1]]
+        return self.rewards_V[torch.from_numpy(first).long()]
+
+
+def drawn(
+    start: tuple[Policy, Any], product: Product, n: int, prompt: str = "a", seed: int = 0, **sampling: Any
+) -> Samples:
+    policy, words = start
+    prompts, _ = tokenise([{"prompt": prompt}], words, "prompts")
+    return product.answer(Draw(policy, words, Sampling(**{"max_new_tokens": 1, **sampling}), seed), prompts, n)
+
+
+@pytest.mark.parametrize("classes", [2, 7, TOKENS])
+def test_best_of_n_is_the_order_statistic_and_its_kl_below_the_bound(start: tuple[Policy, Any], classes: int) -> None:
+    """Of answers of one token, by enumeration: with two rewards, with seven, and with one for every token."""
+    policy, words = start
+    rewards_V = torch.arange(TOKENS) * classes // TOKENS
+    every = pack_rows([(words("a")["input_ids"], [[token] for token in range(TOKENS)])])
+    with torch.no_grad():
+        p_V = policy(TreeBatch.of(every)).logps_C.double().exp().numpy()
+    n, answers = 4, 3000
+
+    def best_of_classes(p_C: np.ndarray) -> tuple[np.ndarray, float]:
+        upto_C = p_C.cumsum()
+        best_C = upto_C**n - (upto_C - p_C) ** n
+        return best_C, float(np.sum(best_C * np.log(best_C / p_C)))
+
+    best_C, exact = best_of_classes(np.bincount(rewards_V.numpy(), weights=p_V / p_V.sum()))
+    product = BestOfN(n, finished=False).of_run(source=ByToken(rewards_V.float()), reward="somewhere")
+    found = drawn(start, product, answers, seed=classes)
+    counts_C = np.bincount(found.columns["score"].numpy().astype(int), minlength=classes)
+    usual = best_C * answers >= 5
+    observed, wanted = counts_C[usual], best_C[usual] * answers
+    assert usual.sum() > 1
+    assert stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-3
+    bound = float(found.columns["decoding_kl"][0])
+    assert bound == pytest.approx(np.log(n) - (n - 1) / n)
+    untied = best_of_classes(p_V / p_V.sum())[1]
+    assert (exact < untied if classes < TOKENS else exact == pytest.approx(untied)) and untied < bound
+
+
+def test_the_bound_is_reached_where_no_answers_tie() -> None:
+    p = 1 / 5000
+    for n in (1, 2, 16):
+        upto = np.arange(1, 5001) * p
+        best = upto**n - (upto - p) ** n
+        assert best_of_n_kl(n) == pytest.approx(float(np.sum(best * np.log(best / p))), abs=2e-3)
+
+
+def test_the_control_of_best_of_n_costs_the_same_and_looks_at_nothing(start: tuple[Policy, Any]) -> None:
+    control = BestOfN(4, choose="random")
+    assert not control.needs and BestOfN(4).needs == {"reward"}
+    found = drawn(start, control, 6, max_new_tokens=5)
+    policy, words = start
+    prompts, _ = tokenise([{"prompt": "a"}], words, "prompts")
+    whole = Draw(policy, words, Sampling(max_new_tokens=5), 0)(prompts, 24)
+    assert texts(found) == texts(whole)[::4]
+    assert not found.columns["decoding_kl"].any()
+
+
+def test_more_answers_do_not_change_the_first_ones_of_best_of_n(start: tuple[Policy, Any]) -> None:
+    product = BestOfN(3, finished=False).of_run(source=ByToken(torch.arange(float(TOKENS))))
+    assert texts(drawn(start, product, 2, max_new_tokens=4)) == texts(drawn(start, product, 5, max_new_tokens=4))[:2]
+
+
+def test_cut_answers_and_those_without_a_score_win_only_where_nothing_else_is_left() -> None:
+    nan = float("nan")
+    scores = torch.tensor([[1.0, 9.0, 2.0], [1.0, nan, 0.5], [nan, nan, nan], [3.0, 4.0, nan], [-2.0, -2.0, -3.0]])
+    cut = torch.tensor([[False, True, False], [False, False, False], [False, True, False], [True, True, False],
+                        [False, False, False]])  # fmt: skip
+    assert best_of(scores, cut).tolist() == [2, 0, 0, 1, 0]
+
+
+def test_words_before_a_prompt_are_the_prompt_with_the_words(start: tuple[Policy, Any]) -> None:
+    """The same answers and the same log-probabilities as of the words written by hand, and the prompt comes back."""
+    found = drawn(start, Prefix("<good>"), 5, prompt="ab", max_new_tokens=6)
+    policy, words = start
+    by_hand, _ = tokenise([{"prompt": "<good>ab"}], words, "prompts")
+    expected = Draw(policy, words, Sampling(max_new_tokens=6), 0)(by_hand, 5)
+    assert texts(found) == texts(expected) != texts(drawn(start, Prefix("<bad>"), 5, prompt="ab", max_new_tokens=6))
+    assert torch.equal(found.tokens["old_logps"], expected.tokens["old_logps"])
+    assert found.prompts[0].tolist() == words("ab")["input_ids"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shouted(Product):
+    """A product of a user's."""
+
+    loud: int = 3
+
+    def answer(self, draw: Draw, prompts: Samples, n: int) -> Samples:
+        return draw(prompts, n)
+
+
+@pytest.mark.parametrize("product", [
+    BestOfN(5, reward="runs/rm/final"), BestOfN(2, "random", finished=False), Prefix("<|good|>"), Shouted(7),
+    BestOfN(3, reward=["exact", "runs/rm"], reward_weights=[1.0, 0.5]),
+], ids=str)  # fmt: skip
+def test_products_come_back_from_their_file(product: Product, tmp_path: Path) -> None:
+    write_product(product, tmp_path)
+    assert read_product(tmp_path) == product
+    assert read_product(tmp_path / "elsewhere") is None
+
+
+def test_a_function_has_no_place_in_a_file(tmp_path: Path) -> None:
+    write_product(BestOfN(2).of_run(reward=lambda completions: [0.0]), tmp_path)
+    assert read_product(tmp_path) == BestOfN(2)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("{", "cannot be read"), ("[]", "no object"), ("{}", "no product"), ('{"product": "BestOfM"}', "mean 'BestOfN'"),
+    ('{"product": "Prefix", "txt": "a"}', "txt"), ('{"product": "BestOfN", "n": 0}', "at least 1"),
+])  # fmt: skip
+def test_files_that_say_no_product_are_refused_in_words(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "decode.json").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        read_product(tmp_path)
+
+
+def test_a_run_of_best_of_n_writes_its_model_and_answers_by_it(start: tuple[Policy, Any], tmp_path: Path) -> None:
+    policy, words = start
+    file = tmp_path / "judge.py"
+    file.write_text(
+        "def letters(completions, **_):\n    return [float(sum(map(str.isalpha, c))) for c in completions]\n"
+    )
+    options: dict[str, Any] = {"model": policy.model, "tokenizer": words, "n": 6, "quiet": True}
+    run = prefzoo.train("best_of_n", reward=f"{file}:letters", output_dir=tmp_path / "run", **options)
+    assert run.policy is not None and run.spent.optimizer_steps == 0
+    answer = lambda model, **more: prefzoo.generate(  # noqa: E731
+        model, ["a", "b"], n=4, max_new_tokens=6, seed=1, **more
+    )
+    best, plain = answer(run), answer(run, plain=True)
+    letters = lambda answers: np.mean([sum(map(str.isalpha, a)) for row in answers for a in row])  # noqa: E731
+    assert letters(best) > letters(plain)
+    assert answer(tmp_path / "run") == answer(tmp_path / "run" / "final") == best
+    assert answer(policy, tokenizer=words) == plain == answer(tmp_path / "run", plain=True), (
+        "the weights are as they were"
+    )
+    shortest = answer(
+        tmp_path / "run", reward=lambda completions, **_: [-float(sum(map(str.isalpha, c))) for c in completions]
+    )
+    assert letters(shortest) < letters(plain)
+    again = prefzoo.train("best_of_n", reward=f"{file}:letters", output_dir=tmp_path / "run", resume=True, **options)
+    assert answer(again) == best
+    with pytest.raises(UsageError, match="nothing chooses"):
+        answer(policy, tokenizer=words, reward="exact")
+    with pytest.raises(UsageError, match="nothing chooses"):
+        answer(run, reward="exact", plain=True)
+    nothing = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
+    assert answer(prefzoo.train("best_of_n", reward=nothing, output_dir=tmp_path / "b", **options))
+    with pytest.raises(UsageError, match="give reward="):
+        answer(tmp_path / "b")
