@@ -94,7 +94,7 @@ class Collector(Crew):
             samples = samples.with_tokens(teacher_logps=self.teacher_logps(samples))
         for name in self._critic_names():
             samples = samples.with_tokens(**{of_critic("values", name): self.values(samples, name)})
-        measured = self._rollout_metrics(samples, scores)
+        measured = self._rollout_metrics(samples, scores, source)
         self.measured = measured if purpose == "rollout" else self.measured
         for name, controller in stage.controllers.items():
             self.now.add(f"{name}_coefficient", controller.value)
@@ -226,7 +226,7 @@ class Collector(Crew):
 
     # ------------------------------------------------------------------------------------ what is measured
 
-    def _rollout_metrics(self, samples: Samples, scores: Tensor) -> dict[str, tuple[float, int]]:
+    def _rollout_metrics(self, samples: Samples, scores: Tensor, source: Rollouts) -> dict[str, tuple[float, int]]:
         """Means over the main completions of each prompt; those of a sampler beside them are told by their rewards."""
         add, scores_B = self.now.add, scores if scores.dim() == 1 else scores[:, 0]
         sampler_B = samples.columns.get("sampler")
@@ -244,10 +244,11 @@ class Collector(Crew):
         add("completions/mean_length", length_B)
         add("completions/clipped_ratio", (samples.columns["finish"] == Finish.LENGTH).float())
         measured = {"reward": scores_B[known_B], "length": length_B}
-        if "old_logps" in samples.tokens:
+        own = "old_logps" in samples.tokens and source.by == "policy"  # others' samples say nothing of the policy's KL
+        if own:
             measured["entropy"] = -samples.tokens["old_logps"]
             add("entropy", measured["entropy"])  # unbiased: the samples are the policy's own
-        if "ref_logps" in samples.tokens and "old_logps" in samples.tokens:
+        if own and "ref_logps" in samples.tokens:
             measured["kl"] = sequence_kl(samples)
             add("kl", measured["kl"])
         if scores.dim() == 2:

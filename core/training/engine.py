@@ -451,7 +451,7 @@ class Engine(Collector):
         samples, scores = self._sample(held_out, None, seed, own)
         if self.reference is not None:
             samples = samples.with_tokens(ref_logps=self.reference_logps(samples))
-        self._rollout_metrics(samples, scores)
+        self._rollout_metrics(samples, scores, own)
         return {}
 
     # ------------------------------------------------------------------------------------ one optimizer step
