@@ -17,7 +17,10 @@ WRITERS = "the chosen side is what the policy wrote, the better one or not"
 
 @register_loss(
     paper="arXiv:2405.21046", extras=("probability_B",), recommended={"learning_rate": 5e-7},
-    refuses={"label_smoothing": SOFT, "nll": WRITERS},
+    refuses={
+        "label_smoothing": SOFT, "nll": WRITERS,
+        "length_desensitised": "its exploration bonus would be desensitised",
+    },
     exceptions={
         "swap": "the exploration bonus is of the reference's completion, whoever won",
         "reference_shift": "the exploration bonus is a likelihood term",

@@ -35,7 +35,7 @@ from prefzoo.registry import UsageError
 from prefzoo.theory.enumerable_lm import PROMPTS, RESPONSES, EnumerableWorld
 from prefzoo.theory.policies import Tabular
 from prefzoo.theory.populations import total_variation
-from prefzoo.theory.runs import fit, sized
+from prefzoo.theory.runs import Claim, fit, sized
 
 NAN = math.nan
 CREDITS: dict[str, Any] = {
@@ -482,7 +482,7 @@ def world() -> EnumerableWorld:
 
 def ended(world: EnumerableWorld, name: str, options: dict[str, Any] | None = None, **settings: Any) -> Any:
     algorithm = sized(create_algorithm(name, **(options or {})), samples=16)
-    return fit(world, algorithm, **{"max_steps": 2, **settings})
+    return fit(world, algorithm, Claim("anything"), **{"max_steps": 2, **settings})
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != "spin"])
@@ -541,15 +541,15 @@ def test_what_does_not_fit_is_told(case: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nash_md", "xpo", "spin", "rso", "sppo_iterative"])
-def test_held_out_prompts_are_answered_by_the_policy_alone(name: str, world: EnumerableWorld) -> None:
-    """The reward of an evaluation is that of the policy's samples, whoever else writes in training."""
+def test_held_out_prompts_are_answered_by_the_policy(name: str, world: EnumerableWorld) -> None:
     rows = world.rows_for(create_algorithm(name))
     shown, held_out = ([row for row in rows if row["prompt"] == prompt] for prompt in PROMPTS)
-    run = ended(world, name, rows=shown, eval_dataset=held_out, eval_steps=1).run
+    run = ended(world, name, dataset=shown, eval_dataset=held_out, eval_steps=1).run
     found = {key: value for line in run.history for key, value in line.items()}
-    assert found["eval/completions/mean_length"] > 0 and "eval/reward/sampler_1" not in found
-    said = "eval/reward/absolute" if name in ("nash_md", "sppo_iterative") else "eval/reward"
-    assert (said in found) == (name != "spin")
+    assert found["eval/completions/mean_length"] > 0 and "eval/kl" in found
+    assert ("eval/reward/absolute" in found) == (name in ("nash_md", "sppo_iterative"))
+    assert ("eval/reward" in found) == (name != "sppo_iterative")  # one sample has nobody to win against
+    assert ("kl" in found) == (name != "rso")  # the reference's samples say nothing of the policy's KL
 
 
 def test_what_each_needs() -> None:

@@ -70,9 +70,9 @@ def test_each_modifier_takes_what_it_should() -> None:
     """Whole columns of the table, so that a tag that is set by mistake is seen."""
     sorts, tokens = {"aot", "aot_unpaired"}, {"chosen_nll", "prompt_chosen_nll"}
     of_kl, of_steps = {"tdpo1", "tdpo2"}, {"step_dpo"}
-    own_nll = {"cpo", "cpo_hinge", "cpo_ipo", "cpo_simpo", "orpo", "rpo_nll", "slic_hf"}
+    own_nll = {"cpo", "cpo_hinge", "cpo_ipo", "cpo_simpo", "orpo", "rpo_nll", "slic_hf", "xpo"}
     own_smoothing = {"cdpo", "robust_dpo", "exo_pair", "simpo", "cpo_simpo", "alphapo"}
-    soft_labels = {"sppo_soft", "reward_aware_rpo"}
+    soft_labels = {"sppo_soft", "reward_aware_rpo", "xpo"}
     free = {n for n in PAIRWISE if not LOSSES.entry(n).tags["reference"]}
     assert set(taking("wpo")) == set(PAIRWISE) - sorts - tokens
     assert set(taking("nll")) == set(PAIRWISE) - own_nll - tokens
@@ -93,6 +93,8 @@ def test_each_modifier_takes_what_it_should() -> None:
         ("chosen_nll", {"nll": 0.1}, "one value per token"),
         ("chosen_nll", {"label_smoothing": 0.1}, "one value per token"),
         ("simpo", {"ld_alpha": 0.5}, "the loss has no reference"),
+        ("xpo", {"ld_alpha": 0.5}, "exploration bonus would be desensitised"),
+        ("xpo", {"nll": 0.1}, "what the policy wrote, the better one or not"),
         ("simpo", {"divergence": "js"}, "the loss has no reference"),
         ("tdpo1", {"ld_alpha": 0.5}, "it reads tokens by chosen_kl_BT as well"),
         ("step_dpo", {"ld_alpha": 0.5}, "it reads tokens by chosen_step_BT as well"),
