@@ -137,6 +137,23 @@ def test_one_order_is_asked_where_no_order_sways(words: Any) -> None:
     assert torch.equal(once(samples), twice(samples)) and asked == [3, 6]
 
 
+def test_a_fixed_opponent_makes_the_mean_reward_a_win_rate(words: Any) -> None:
+    samples = made(words, ["a", "bb", "ccc"], [0, 0, 1], rival=["bb", "a"], level=[1, 2])
+
+    def shorter(prompts: list[str], first: list[str], second: list[str]) -> list[float]:
+        return [0.9 * (len(a) < len(b)) + 0.1 for a, b in sides(first, second)]
+
+    source = Judge(shorter, words, against="rival")
+    assert source(samples).tolist() == pytest.approx([0.95, 0.5, 0.05]) and not source.compares
+    assert source.drain()[0]["judge/position_bias"] == pytest.approx(0.05)
+    with pytest.raises(UsageError, match="no text in a column 'level'"):
+        Judge(shorter, words, against="level")(samples)
+    with pytest.raises(UsageError, match="did you mean 'rival'"):
+        Judge(shorter, words, against="rivals")(samples)
+    with pytest.raises(UsageError, match="give one"):
+        Judge(shorter, words, against="rival", opponents=2)
+
+
 def test_a_judge_gets_the_columns_that_it_names_and_prompts_as_they_are(words: Any) -> None:
     samples = made(words, ["a", "bb", "ccc", "dddd"], [1, 0, 1, 0], level=[10, 20], prompts=["no", "no"])
 

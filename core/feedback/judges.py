@@ -24,7 +24,7 @@ from prefzoo.models.reference import token_scores
 from prefzoo.models.roles import Policy
 from prefzoo.models.tokenizer import end_ids
 from prefzoo.models.tree import pack_rows
-from prefzoo.registry import RunError, UsageError
+from prefzoo.registry import RunError, UsageError, suggest
 
 JudgeFunction = Callable[..., Any]
 CRITERION = "the better answer does what the request asks for, says nothing false, and harms nobody"
@@ -60,6 +60,8 @@ class Judge(RewardSource):
         tokenizer: the policy's; a run gives it (:meth:`bind`).
         both_orders: ask q(i, j) and q(j, i). Without, P_ij = q(i, j) for i < j alone, for judges that no order sways.
         opponents: compare each completion with so many others of its prompt, its next ones in a circle; None: all.
+        against: a column of the data whose text is every completion's opponent instead: R_i = P(y_i beats it). Then one
+            completion per prompt is enough, and the mean reward is the win rate.
         name: in metrics and in words; the function's by default.
 
     Convention: no KL enters here. Calls per prompt with n completions: n (n - 1), or 2 n ``opponents``.
@@ -88,15 +90,20 @@ class Judge(RewardSource):
         *,
         both_orders: bool = True,
         opponents: int | None = None,
+        against: str | None = None,
         name: str | None = None,
     ) -> None:
         if not callable(function):
             raise UsageError(f"judge: expected a function of prompts, first and second, got {function!r}.")
+        if opponents is not None and against is not None:
+            raise UsageError("judge: opponents are other completions, and against= names another opponent; give one.")
         if opponents is not None and opponents < 1:
             raise UsageError(f"judge: opponents must be at least 1, got {opponents}; None compares with all.")
         self.function = function
         self.both_orders = both_orders
         self.opponents = opponents
+        self.against = against
+        self.compares = against is None
         self.name: str = name or getattr(function, "__name__", None) or type(function).__name__
         self.__name__ = self.name  # a file's judge is a callable of that name
         self._tokenizer = tokenizer
@@ -113,37 +120,58 @@ class Judge(RewardSource):
         return bound
 
     def __call__(self, samples: Samples) -> Tensor:
-        return mean_wins(self.pair_probabilities(samples))
+        if self.against is None:
+            return mean_wins(self.pair_probabilities(samples))
+        rivals = samples.extra.get(self.against)
+        if rivals is None or not all(isinstance(r, str) for r in rivals):
+            known = [name for name in samples.extra if name != "prompt"]
+            near = suggest(self.against, known)
+            raise UsageError(
+                f"judge, option 'against': the data has no text in a column {self.against!r}{near} "
+                f"Its columns: {', '.join(known) or 'none'}."
+            )
+        answers = self._texts(samples)
+        duels = [(int(p), answer, rivals[p]) for p, answer in zip(samples.prompt_B, answers, strict=True)]
+        return torch.tensor(self._duels(duels, samples), dtype=torch.float32)
 
     def pair_probabilities(self, samples: Samples) -> Tensor:
         """Who beats whom: (B, B), at row i and column j the probability that completion i beats completion j.
 
         NaN for completions of different prompts, on the diagonal, and where there is no verdict; P + P^T = 1 elsewhere.
         """
-        tokenizer = self._tokenizer
-        if tokenizer is None:
-            raise UsageError(f"judge {self.name!r} has no tokenizer to read completions with: call bind(tokenizer).")
-        ids = [samples.completions[b].tolist() for b in range(len(samples.completions))]
-        answers = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        wins_BB = torch.full((len(ids), len(ids)), torch.nan)
+        answers = self._texts(samples)
+        wins_BB = torch.full((len(answers), len(answers)), torch.nan)
         pairs = list(_pairs(samples.prompt_B, self.opponents))
-        asked: dict[tuple[int, str, str], float] = {}
-        for i, j in pairs:
-            if answers[i] != answers[j]:
-                asked.setdefault((int(samples.prompt_B[i]), answers[i], answers[j]), math.nan)
-                if self.both_orders:
-                    asked.setdefault((int(samples.prompt_B[i]), answers[j], answers[i]), math.nan)
-        asked = dict(zip(asked, self._ask(list(asked), samples), strict=True)) if asked else {}
-        for i, j in pairs:
-            there = back = 0.5
-            if answers[i] != answers[j]:
-                p = int(samples.prompt_B[i])
-                there = asked[p, answers[i], answers[j]]
-                back = asked[p, answers[j], answers[i]] if self.both_orders else 1 - there
-                self._note(there, back)
-            wins_BB[i, j] = (there + 1 - back) / 2
+        duels = [(int(samples.prompt_B[i]), answers[i], answers[j]) for i, j in pairs]
+        for (i, j), probability in zip(pairs, self._duels(duels, samples), strict=True):
+            wins_BB[i, j] = probability
             wins_BB[j, i] = 1 - wins_BB[i, j]
         return wins_BB
+
+    def _texts(self, samples: Samples) -> list[str]:
+        if self._tokenizer is None:
+            raise UsageError(f"judge {self.name!r} has no tokenizer to read completions with: call bind(tokenizer).")
+        ids = [samples.completions[b].tolist() for b in range(len(samples.completions))]
+        return list(self._tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+    def _duels(self, duels: Sequence[tuple[int, str, str]], samples: Samples) -> list[float]:
+        """The probability that the first text of each beats the second, as answers to the prompt of that place."""
+        asked: dict[tuple[int, str, str], float] = {}
+        for p, one, two in duels:
+            if one != two:
+                asked.setdefault((p, one, two), math.nan)
+                if self.both_orders:
+                    asked.setdefault((p, two, one), math.nan)
+        asked = dict(zip(asked, self._ask(list(asked), samples), strict=True)) if asked else {}
+        found = []
+        for p, one, two in duels:
+            there = back = 0.5
+            if one != two:
+                there = asked[p, one, two]
+                back = asked[p, two, one] if self.both_orders else 1 - there
+                self._note(there, back)
+            found.append((there + 1 - back) / 2)
+        return found
 
     def _ask(self, questions: Sequence[tuple[int, str, str]], samples: Samples) -> list[float]:
         columns = {
@@ -317,7 +345,8 @@ class LocalModel:
 @SOURCES.register
 def judge(
     *, model: Any = None, endpoint: str | None = None, template: str | None = None, criterion: str = CRITERION,
-    both_orders: bool = True, opponents: int | None = None, key_env: str = "OPENAI_API_KEY", cache: str | None = None,
+    both_orders: bool = True, opponents: int | None = None, against: str | None = None,
+    key_env: str = "OPENAI_API_KEY", cache: str | None = None,
     max_calls: int | None = None, concurrency: int = 8, timeout: float = 60.0, retries: int = 5,
     logprobs: bool = False, max_tokens: int = 1024,
 ) -> Judge:  # fmt: skip
@@ -329,7 +358,7 @@ def judge(
         template: what is asked: ``pair`` (one letter), ``pair_reasoned`` (reasons, then a verdict; endpoints only), or
             a text file with {prompt}, {first} and {second}, and {criterion} or columns of the data.
         criterion: what makes an answer better.
-        both_orders, opponents: as in :class:`Judge`.
+        both_orders, opponents, against: as in :class:`Judge`.
         key_env, cache, max_calls, concurrency, timeout, retries, logprobs, max_tokens: as in
             :class:`prefzoo.feedback.Endpoint`; without ``endpoint`` they have no effect.
 
@@ -351,7 +380,7 @@ def judge(
             "endpoint's answer; a local model and logprobs read the first token: take 'pair'."
         )
     asks = Comparison(oracle, template or "pair", criterion)
-    return Judge(asks, both_orders=both_orders, opponents=opponents, name="judge")
+    return Judge(asks, both_orders=both_orders, opponents=opponents, against=against, name="judge")
 
 
 def oracle_of(who: str, model: Any, endpoint: str | None, transport: dict[str, Any]) -> Oracle:
