@@ -181,7 +181,7 @@ def world_best_of_n(params: Params, inputs: Inputs, folder: Path) -> Facts:
     s = _settings(params)
     world = make(params["task"]["kind"], seed=s["world_seed"])
     policy, tokenizer = _load_start(inputs)
-    rows, most = world.prompts("validation", 256, unique=True), max(s["best_of_n"])
+    rows, most = world.prompts("validation", s.get("curve_prompts", 256), unique=True), max(s["best_of_n"])
     scores: dict[str, list[Any]] = {}
     for i in range(0, len(rows), 32):
         some, seed = rows[i : i + 32], derive_seed(s["start_seed"], "best of n", i)
