@@ -201,7 +201,6 @@ class AgainstOther(_Comparison):
 
     gives = "pairs"
     columns = PAIR_COLUMNS
-    smallest_group = 1
 
     def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
         sampler_B = _samplers(samples, "AgainstOther")
