@@ -387,6 +387,7 @@ class Steps:
         self.engine, self.scorer = engine, engine.scorer
         if engine.heads is not None and self.product is not None:
             self.product = self.product.of_run(heads=engine.heads)
+        self.policy.product = self.product  # callbacks answer as the run will
         engine.roll_back = self._roll_back
         self.best, self._waited = None, 0  # stages differ in what they measure
         if settings.gradient_checkpointing:
