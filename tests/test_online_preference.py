@@ -239,10 +239,12 @@ def test_rankings_are_best_first_and_padded() -> None:
 
 
 def test_what_is_left_out_is_measured() -> None:
-    credit, samples = TopAgainstBottom(), samples_of(SCORES)
-    measured = credit.measure(samples, flat(SCORES), credit(samples, flat(SCORES)))
+    scores = [*SCORES, [0.0, 1.0], [2.0, 1.0], [NAN, 1.0], [NAN], [3.0, 2.0]]
+    credit, samples, scores_B = TopAgainstBottom(), samples_of(scores), flat(scores)
+    measured = credit.measure(samples, scores_B, credit(samples, scores_B))
     shares = {name: float(values.mean()) for name, values in measured.items()}
-    assert shares == {"prompts/unscored": 0.25, "prompts/tied": 0.25, "prompts/unused": 0.5}
+    wanted = {"prompts/unscored": 3 / 9, "prompts/tied": 1 / 9, "prompts/unused": 4 / 9}
+    assert shares == pytest.approx(wanted)
 
 
 # -- rejection sampling ------------------------------------------------------------------------------------------------
@@ -258,6 +260,13 @@ def test_a_candidate_is_accepted_with_the_exact_probability() -> None:
         share = np.mean([accepted(np.array([-gap, 0.0]), beta, 1, stream) == [0] for _ in range(draws)])
         wanted = math.exp(-gap / beta)
         assert abs(share - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / draws)
+
+
+def test_further_passes_are_among_those_that_are_left() -> None:
+    """The best of the rest is then sure to be accepted: two passes for two candidates, however far apart."""
+    asked: list[int] = []
+    stream = SimpleNamespace(random=lambda size: asked.append(size) or np.full(size, 0.5))
+    assert accepted(np.array([-5.0, 0.0]), 0.5, 2, stream) == [0, 1] and asked == [2, 1]
 
 
 def test_accepted_samples_have_the_law_of_the_regularised_optimum() -> None:
