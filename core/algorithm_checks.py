@@ -44,6 +44,7 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 ROWS = 12  # of an optimizer step, where rows come from data
 SPLIT = 1e-3  # largest relative difference of the change of the weights when the batch is cut otherwise
+EQUAL = 8.0  # of all samples: so large that the rounding of a KL to the start, 1e-8 nats, is nothing beside it
 SHIFT = 4.0  # added to all rewards; a power of two, so that nothing is rounded
 RISING: dict[str, Any] = {"words": "more reward", "target": None, "share": 0.2, "options": {}}
 
@@ -99,6 +100,17 @@ class Subject:
         return self.run()
 
     @cached_property
+    def fault(self) -> str | None:
+        """What a plain run raises, if it does."""
+        try:
+            self.base  # noqa: B018
+        except NotApplicable:
+            return None
+        except Exception as error:
+            return type(error).__name__
+        return None
+
+    @cached_property
     def still(self) -> Ended:
         """The run with a learning rate of 0: its weights are those that all runs start with."""
         return self.run(learning_rate=0.0)
@@ -125,6 +137,8 @@ def metrics(ended: Ended) -> list[dict[str, float]]:
     """What was logged, without the times."""
     return [{k: v for k, v in row.items() if k != "time"} for row in ended.run.history]
 
+
+FIRST = "roles_loaded"  # the check without which the others have no run to look at
 
 # ------------------------------------------------------------------------------------------------ the checks
 
@@ -392,7 +406,7 @@ def constant_reward(subject: Subject) -> str | None:
     gives = {stage.credit.gives for stage in subject.small.stages if stage.credit is not None}
     if gives & {"completions"}:
         raise NotApplicable("the first of equal samples is taken for the best")
-    ended = subject.run(world=subject.world.constant(0.7))
+    ended = subject.run(world=subject.world.constant(EQUAL))
     if weights_hash(ended.engines[-1].policy) != weights_hash(Policy(subject.world.start)):
         raise ContractError("all samples have the same reward, and yet the policy moves: rounding, or a term without it.")
     said = [line for line in ended.notes if "gradient" in line or "nothing is left" in line]
