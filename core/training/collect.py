@@ -109,9 +109,9 @@ class Collector(Crew):
         """What stays; where a keep part refills, further prompts are sampled until the step has all of its own."""
         keep, wanted = self.stage.keep, self.stage.schedule.prompts
         assert keep is not None
-        before = len(samples)
+        before, refill = len(samples), getattr(keep, "refill", 0)
         samples, scores = keep(samples, scores)
-        for number in range(getattr(keep, "refill", 0)):
+        for number in range(refill):
             if len(samples.prompts) >= wanted:
                 break
             more = self._scored_samples(step, self._fresh_prompts(step, number), f"refill {number}")
@@ -119,7 +119,7 @@ class Collector(Crew):
             more = keep(*more)
             samples, scores = Samples.concatenate([samples, more[0]]), torch.cat([scores, more[1]])
         self.now.add("kept", len(samples) / max(before, 1))
-        rows = np.flatnonzero(samples.prompt_B < wanted)
+        rows = np.flatnonzero(samples.prompt_B < (wanted if refill else len(samples.prompts)))  # no more than asked for
         return (samples, scores) if len(rows) == len(samples) else (samples.take(rows), scores[torch.from_numpy(rows)])
 
     def _fresh_prompts(self, step: int, number: int) -> tuple[Samples, np.ndarray]:
@@ -142,7 +142,8 @@ class Collector(Crew):
         with self._autocast():  # the learner's precision, or the ratio does not start at 1
             samples = self._written(asked, rows, keys, seed, source)
         self.written = generated_tokens(samples, source) if samples_now(source, seed) else 0
-        samples = replace(samples, prompts=prompts.prompts)  # rewards read the prompt as it is, without words before it
+        if condition is not None:  # rewards read the prompt as it is, without words before it
+            samples = replace(samples, prompts=prompts.prompts)
         if getattr(feedback, "revises", False):
             written, samples = samples, feedback.revise(samples, self)  # type: ignore[attr-defined]
             for name, values in getattr(feedback, "measure", _nothing)(written, samples).items():
