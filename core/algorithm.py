@@ -527,7 +527,7 @@ def create_algorithm(name: str, /, **options: Any) -> Algorithm:
     algorithm.name = entry.name
     algorithm.options = {**entry.own_options, **options}
     algorithm.recommended = dict(entry.tags["recommended"])
-    algorithm.sources = {entry.name: entry.source_hash()}
+    algorithm.sources = {**algorithm.sources, entry.name: entry.source_hash()}  # one made of another has its sources
     for term in (t for stage in algorithm.stages for t in stage.terms):
         algorithm.sources[f"loss:{term.loss.name}"] = term.loss.entry.source_hash()
         algorithm.sources |= {f"modifier:{m.name}": m.source_hash() for m, _ in term.loss.modifiers}
