@@ -45,7 +45,8 @@ def online_dpo(
     Prompts whose rewards are all equal or missing give no pair; their shares are logged.
 
     Convention: the gradient does not go through the sampling, as in the paper. ``reward`` may be a judge. The paper and
-    TRL sample at temperature 0.9; here it is 1, at which the optimum is that of the loss.
+    TRL sample at temperature 0.9; here it is 1, at which the optimum is that of the loss. Of equal rewards TRL takes
+    the first completion for the better one. Its ``ipo``, of sums, is ``loss="ipo_sum"``.
 
     Source: Guo et al., Direct Language Model Alignment from Online AI Feedback, arXiv:2402.04792; online IPO:
     Calandriello et al., arXiv:2403.08635.
