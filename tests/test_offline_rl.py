@@ -60,7 +60,8 @@ def tree() -> TreeBatch:
 def test_the_scores_are_those_of_the_whole_table_of_q(heads: QHeads) -> None:
     batch = tree()
     found = heads(batch, lse=True).heads
-    hidden = heads_module.run_trunk(heads.trunk, batch)[batch.predict_C]
+    states = heads_module.run_trunk(heads.trunk, batch)[batch.predict_C]
+    hidden = (states - states.mean(-1, keepdim=True)) / (states.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
     rows = torch.arange(len(batch.target_C))
     for name in ("q1", "q2"):
         table_CV = heads.head[name](hidden)
@@ -70,7 +71,7 @@ def test_the_scores_are_those_of_the_whole_table_of_q(heads: QHeads) -> None:
     torch.testing.assert_close(found["target_q"], torch.minimum(*slow))
     assert not found["target_q"].requires_grad and found["q1"].requires_grad and found["v"].requires_grad
     torch.testing.assert_close(heads(batch).heads["q1"], found["q1"])  # without the table, the same
-    advantage_CV = heads.advantages(hidden)
+    advantage_CV = heads.advantages(states)
     torch.testing.assert_close(advantage_CV[rows, batch.target_C], found["target_q"] - found["v"])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,6 +34,9 @@ class QHeads(Role):
     """A causal trunk with the heads of an implicit language Q-learner, read from the state before each token.
 
         Q_k(s, v) = (W2 relu(W1 s + b1) + b2)_v,   k = 1, 2 and their slow copies;   V(s): the same with one output
+
+    States are brought to mean 0 and variance 1 first: most trunks end with a norm, and of those that do not, large
+    states would leave units of the heads dead for good.
 
     Its scores (``Scores.heads``), (C,) each: ``q1`` and ``q2`` of the token taken; ``q1_lse`` and ``q2_lse``,
     log Σ_v exp Q(v), on request; ``v``; ``target_q``, the smaller of the two slow Q, without gradient.
@@ -99,7 +103,7 @@ class QHeads(Role):
         computed again in the backward pass, chunk by chunk."""
         hidden = run_trunk(self.trunk, tree)[tree.predict_C]
         with torch.autocast(hidden.device.type, enabled=False):  # in the precision of the heads, as every score
-            hidden = hidden.to(next(self.head.parameters()).dtype)
+            hidden = self._normal(hidden)
             found = {"v": self.head["v"](hidden)[:, 0]}
             with torch.no_grad():
                 q1, q2 = (self._taken(name, hidden, tree.target_C) for name in SLOW)
@@ -109,6 +113,9 @@ class QHeads(Role):
                     name: self._taken(name, hidden, tree.target_C)
                 }  # fmt: skip
         return Scores(heads=found)
+
+    def _normal(self, hidden: Tensor) -> Tensor:
+        return F.layer_norm(hidden.to(next(self.head.parameters()).dtype), hidden.shape[-1:])
 
     def _taken(self, name: str, hidden: Tensor, target: Tensor) -> Tensor:
         """Q of the tokens taken, by their rows of the last layer alone."""
@@ -132,7 +139,7 @@ class QHeads(Role):
 
     def advantages(self, hidden: Tensor) -> Tensor:
         """min(slow Q1, slow Q2)(v) - V of every entry v of the vocabulary, from the states (R, D) before it: (R, V)."""
-        hidden = hidden.to(next(self.head.parameters()).dtype)
+        hidden = self._normal(hidden)
         q1, q2 = (self.head[name](hidden) for name in SLOW)
         advantages: Tensor = torch.minimum(q1, q2) - self.head["v"](hidden)
         return advantages

@@ -178,6 +178,11 @@ def best_of(n: int) -> Target:
     return target
 
 
+def of_scores(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
+    """exp(score / beta), of data that hold every response once."""
+    return (world.told_PR / algorithm.options["beta"]).log_softmax(-1)
+
+
 def truth(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
     """The rewards themselves, of a reward model."""
     return world.rewards_PR
@@ -216,6 +221,7 @@ SOFT = {"beta": BETA, "soft_labels": "rewards"}  # labels by Bradley and Terry: 
 OPTIMUM = Claim("the KL-regularised optimum ref exp(r/β)", kl_optimum)
 MINIMUM = Claim("the minimum of its population loss, computed without the engine", minimum)
 RISES = Claim("more reward")
+TAUGHT = Claim("the teacher", demonstrations, 0.03, options={})
 CONSTANT = {"learning_rate": 0.1, "schedule": "constant"}
 BEST = Claim("the best response", best_response, within=0.05, settings=CONSTANT)
 SCORES = Claim("the true rewards of Bradley-Terry labels", truth, within=0.02)
@@ -271,6 +277,22 @@ CLAIMS: dict[str, Claim] = {
     ),
     "nash_md": Claim(
         "its rest point ref exp(P(y beats the mixture)/kl)", rest_against_mixture, 0.08, options={"kl": 0.2}
+    ),
+    **dict.fromkeys(("forward_kl", "reverse_kl"), TAUGHT),
+    "gkd": replace(TAUGHT, rows=drawn_demonstrations),
+    "minillm": replace(TAUGHT, options={"normalise": False, "count": "row_sum", "minibatches": 1}),
+    "seqkd": replace(
+        TAUGHT, within=0.06, options={"temperature": 1.0, "epochs_per_round": 1},
+        settings={"max_steps": 60, "learning_rate": 0.1}, words="the teacher, who writes at temperature 1",
+    ),
+    "awr": Claim(
+        "exp(score/β), as the data are even", of_scores, options={"beta": BETA, "standardise": False, "cap": 1e6}
+    ),
+    "fdpo": MINIMUM,
+    "ilql": Claim(
+        "more reward by the heads alone, on a policy that stays as it is", share=0.2,
+        options={"likelihood": 0.0, "beta": 16.0, "gamma": 1.0, "polyak": 1.0, "cql": 0.0},
+        settings={"learning_rate": 0.03},
     ),
     **dict.fromkeys(("davidson", "rao_kupper"), SCALED),
     "process_reward": Claim("the probability that the last step is right", lambda w, a: w.win_rate(), 0.05),
