@@ -9,6 +9,7 @@ is not there gets the claim of its parts (:func:`claim_of`), and a registration 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -183,6 +184,25 @@ def of_scores(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
     return (world.told_PR / algorithm.options["beta"]).log_softmax(-1)
 
 
+def steered(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
+    """data(v | text) exp(beta Q(text, v)) at every token, Q being the mean score of the data that go on so."""
+    texts, beta = [f"{response}." for response in RESPONSES], algorithm.options["beta"]
+
+    def log_prob(told: Mapping[str, float], text: str) -> float:
+        total = 0.0
+        for t in range(len(text)):
+            through: dict[str, list[float]] = {}
+            for other in texts:
+                if other.startswith(text[:t]):
+                    through.setdefault(other[t], []).append(told[other])
+            logits = {v: math.log(len(s)) + beta * sum(s) / len(s) for v, s in through.items()}
+            total += logits[text[t]] - math.log(sum(map(math.exp, logits.values())))
+        return total
+
+    rows = [dict(zip(texts, told_R, strict=True)) for told_R in world.told_PR.tolist()]
+    return torch.tensor([[log_prob(told, text) for text in texts] for told in rows], dtype=torch.float64)
+
+
 def truth(world: EnumerableWorld, algorithm: Algorithm) -> Tensor:
     """The rewards themselves, of a reward model."""
     return world.rewards_PR
@@ -290,9 +310,9 @@ CLAIMS: dict[str, Claim] = {
     ),
     "fdpo": MINIMUM,
     "ilql": Claim(
-        "more reward by the heads alone, on a policy that stays as it is", share=0.2,
-        options={"likelihood": 0.0, "beta": 16.0, "gamma": 1.0, "polyak": 1.0, "cql": 0.0},
-        settings={"learning_rate": 0.03},
+        "the policy of its data, steered by their exact Q", steered, 0.06,
+        options={"beta": 2.0, "expectile": 0.5, "gamma": 1.0, "cql": 0.0, "polyak": 1.0},
+        settings={"learning_rate": 0.03, "max_steps": 200},
     ),
     **dict.fromkeys(("davidson", "rao_kupper"), SCALED),
     "process_reward": Claim("the probability that the last step is right", lambda w, a: w.win_rate(), 0.05),
