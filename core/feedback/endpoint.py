@@ -51,7 +51,7 @@ class Endpoint:
         concurrency: questions under way at one time.
         max_calls: requests of this process, tries again included, after which the run stops; None: no limit.
         cache: a folder of answers by the hash of address, model and question; one that is there is not asked for again.
-            Within a run this holds in memory.
+            Without one they are kept in memory.
         logprobs: read the probability of the first token from ``top_logprobs`` instead of the text: graded verdicts.
         max_tokens: limit of an answer. temperature: 0, so that a verdict can be repeated.
         body: further fields of the request; None takes one away (``{"max_tokens": None}``).
@@ -169,7 +169,8 @@ class Endpoint:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with replacing_file(file, shared=True) as aside:
                     aside.write_text(json.dumps(found | {"request": fields}), encoding="utf-8")
-        known[key] = found
+        if file is None:
+            known[key] = found
         return dict(found)
 
     def _count(self, **spent: int) -> None:
