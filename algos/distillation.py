@@ -97,6 +97,37 @@ def minillm(
     return Algorithm(**_unjudged(sampling), credit=credit, terms=tuple(terms))
 
 
+@register_algorithm(paper="arXiv:2606.22600", recommended={"learning_rate": 1e-5}, shared=UNJUDGED)
+def iw_opd(*, early: NotNegative = 0.5, clip: NotNegative = 0.2, **sampling: Any) -> Algorithm:
+    """Importance-weighted on-policy distillation: each sampled token is rewarded by how much likelier the teacher finds
+    it; early tokens, before policy and teacher have drifted apart, count more.
+
+        r_t = log P(y_t) - log π_old(y_t);   A_t = r_t (1 + early (1 - Σ_{s<t} |r_s| / Σ_s |r_s|))
+        loss = mean_t - min(ρ_t A_t, clip(ρ_t, 1 - clip, 1 + clip) A_t),   ρ_t = π/π_old
+
+    Args:
+        early: the paper's γ. 0: plain on-policy distillation (OPD), the reverse KL by its k1 samples.
+        clip: range of the ratio; binds only from the second optimizer step on a batch on.
+
+    Needs ``teacher=``, with the policy's tokenizer. Only the log-probabilities of the tokens taken are read, so memory
+    is that of any policy gradient: ``minillm`` and ``gkd`` read whole distributions.
+
+    Convention: weights are between 1 and 1 + early, so they also raise the learning rate. A token is not credited with
+    what comes after it, as in the paper. The clip is the paper's; TRL's trainer has neither ratio nor clip, which is
+    the same for one step on each batch.
+
+    Source: Xie et al., On the Position Bias of On-Policy Distillation, arXiv:2606.22600, algorithm 1.
+
+    Example::
+
+        prefzoo.train("iw_opd", model="my-model", teacher="large-model", dataset="prompts.jsonl", max_steps=100)
+    """
+    credit = TeacherReturn(gamma=0.0, own=True, normalise=False, early=early)
+    return Algorithm(
+        **_unjudged(sampling), credit=credit, loss=create_loss("clipped_surrogate", clip=clip), count="token"
+    )
+
+
 @register_algorithm(
     paper="arXiv:1606.07947", recommended={"learning_rate": 1e-5, "max_steps": 1},
     shared={**ROUNDS, "samples_per_prompt": 1, "temperature": 0.0},

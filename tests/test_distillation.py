@@ -134,6 +134,11 @@ def test_returns_are_of_what_follows_discounted_and_per_token() -> None:
     assert [a.tolist() for a in returns(gain)] == [[3, 4, 0], [0]]
     assert [a.tolist() for a in returns(gain, normalise=False, gamma=0.5)] == [[4, 4, 0], [0]]
     assert [a.tolist() for a in returns(gain, normalise=False, own=True)] == [[7, 6, 4], [8]]
+    own = {"normalise": False, "own": True, "gamma": 0.0}
+    assert [a.tolist() for a in returns(gain, **own)] == gain
+    early = returns([[1.0, -2.0, 1.0], [8.0]], **own, early=0.5)
+    torch.testing.assert_close(early[0], torch.tensor([1 * 1.5, -2 * (1 + 0.5 * 3 / 4), 1 * (1 + 0.5 / 4)]))
+    torch.testing.assert_close(early[1], torch.tensor([12.0]))
     with pytest.raises(UsageError, match="gamma is from 0 to 1"):
         TeacherReturn(gamma=1.5)
 

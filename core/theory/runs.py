@@ -298,7 +298,7 @@ CLAIMS: dict[str, Claim] = {
     "nash_md": Claim(
         "its rest point ref exp(P(y beats the mixture)/kl)", rest_against_mixture, 0.08, options={"kl": 0.2}
     ),
-    **dict.fromkeys(("forward_kl", "reverse_kl"), TAUGHT),
+    **dict.fromkeys(("forward_kl", "reverse_kl", "iw_opd"), TAUGHT),
     "gkd": replace(TAUGHT, rows=drawn_demonstrations),
     "minillm": replace(TAUGHT, options={"normalise": False, "count": "row_sum", "minibatches": 1}),
     "seqkd": replace(
