@@ -1,8 +1,8 @@
 """What is proved of an algorithm: each check a small function of a ``Subject``; ``prefzoo.testing`` runs them.
 
-Runs are on the language model whose responses can be enumerated (:mod:`prefzoo.theory.enumerable_lm`), through the same
-engine as any other. A check passes, perhaps with a word on what was seen; or it raises ``ContractError`` with the likely
-cause and the cure, or ``NotApplicable`` with the reason.
+Runs are on the language model whose responses can be enumerated (:mod:`prefzoo.theory.enumerable_lm`), through the
+same engine as any other. A check passes, perhaps with a word on what was seen; or it raises ``ContractError`` with the
+likely cause and the cure, or ``NotApplicable`` with the reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from prefzoo.models.load import new_scorer
 from prefzoo.models.reference import weights_hash
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.parts.feedback import Verifier
-from prefzoo.parts.reference import Moving, Start
+from prefzoo.parts.reference import Start
 from prefzoo.parts.roles import CRITIC, POLICY, REFERENCE, REWARD, TEACHER
 from prefzoo.parts.source import Rollouts
 from prefzoo.records import LossOut, Record, side_of
@@ -42,6 +42,7 @@ from prefzoo.training.record import describe
 QUICK: dict[str, Any] = {
     "optimizer": "sgd", "learning_rate": 0.5, "schedule": "constant", "max_steps": 2, "logging_steps": 1,
 }  # fmt: skip
+CRITIC_RATE = 0.05
 ROWS = 12  # of an optimizer step, where rows come from data
 SPLIT = 1e-3  # largest relative difference of the change of the weights when the batch is cut otherwise
 EQUAL = 8.0  # of all samples: so large that the rounding of a KL to the start, 1e-8 nats, is nothing beside it
@@ -86,7 +87,9 @@ class Subject:
         algorithm, world = algorithm or self.small, world or self.world
         given = {k: v for k, v in self.claim.settings.items() if callable(v)}  # models
         claim = replace(self.claim, settings=given)
-        sizes = {} if algorithm.on_policy else {"rows_per_step": ROWS}
+        sizes: dict[str, Any] = {} if algorithm.on_policy else {"rows_per_step": ROWS}
+        if any(stage.critics for stage in algorithm.stages):
+            sizes["critic_learning_rate"] = 0.0 if settings.get("learning_rate") == 0 else CRITIC_RATE
         if algorithm.data == "rankings" and (claim.rows is not None or self.few):
             sizes |= {"rows_per_step": 1, "max_steps": 3}  # lists of all: one of each prompt
         return fit(world, algorithm, claim, **{**QUICK, **sizes, **settings})
@@ -307,7 +310,7 @@ def same_seed_same_run(subject: Subject) -> str | None:
     if all(isinstance(source, Rollouts) and source.temperature == 0 for source in sources):
         return "its samples are the likeliest ones, whatever the seed"
     if all(weights(subject.run(seed=seed)) == weights(subject.base) for seed in (1, 2, 3)):
-        raise ContractError("another seed gives the same run: neither the order of the rows nor a sample depends on it.")
+        raise ContractError("another seed gives the same run: neither the rows' order nor a sample depends on it.")
     return None
 
 
@@ -408,7 +411,7 @@ def constant_reward(subject: Subject) -> str | None:
         raise NotApplicable("the first of equal samples is taken for the best")
     ended = subject.run(world=subject.world.constant(EQUAL))
     if weights_hash(ended.engines[-1].policy) != weights_hash(Policy(subject.world.start)):
-        raise ContractError("all samples have the same reward, and yet the policy moves: rounding, or a term without it.")
+        raise ContractError("all samples have the same reward, and yet the policy moves: rounding, or another term.")
     said = [line for line in ended.notes if "gradient" in line or "nothing is left" in line]
     if not said:
         raise ContractError(f"nothing is learned, and the log does not say so. It says: {ended.notes}")

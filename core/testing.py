@@ -170,8 +170,8 @@ def algorithm_checks(
     declared = subject.tags.get("exceptions", {})
     for key in declared:
         if key not in ALGORITHM_CHECKS and key.partition("@")[0] not in CHECKS:
-            near = suggest(key, ALGORITHM_CHECKS)
-            raise UsageError(f"algorithm {subject.name!r}: no check {key!r}{near} Known: {', '.join(ALGORITHM_CHECKS)}.")
+            known = f"{suggest(key, ALGORITHM_CHECKS)} Known: {', '.join(ALGORITHM_CHECKS)}."
+            raise UsageError(f"algorithm {subject.name!r}: no check {key!r}{known}")
     for name in ALGORITHM_CHECKS:
         yield AlgorithmCheck(name, subject, declared.get(name), insists=not options)
 
@@ -214,7 +214,8 @@ def _subject(algorithm: str | Callable[..., Algorithm] | Algorithm, options: dic
     else:
         make = algorithm
         known = tuple(p.name for p in inspect.signature(algorithm).parameters.values() if p.kind is p.KEYWORD_ONLY)
-    return Subject(name, functools.partial(make, **options), tuple(k for k in known if k not in options), entry, tuple(options))
+    left = tuple(k for k in known if k not in options)
+    return Subject(name, functools.partial(make, **options), left, entry, tuple(options))
 
 
 def check_loss(loss: str | Callable[..., LossOut] | Loss, /, **options: Any) -> dict[str, str]:

@@ -35,7 +35,7 @@ from prefzoo.algorithm import Algorithm
 from prefzoo.data.chat import encode_sides
 from prefzoo.data.rows import Row
 from prefzoo.data.samples import Kind
-from prefzoo.feedback import Judge
+from prefzoo.feedback import Judge, Rules
 from prefzoo.models.causal import prepare
 from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.tree import TreeBatch, pack_rows
@@ -63,7 +63,7 @@ class EnumerableConfig(PretrainedConfig):
     model_type = "prefzoo_enumerable"
 
     def __init__(self, **options: Any) -> None:
-        self.vocab_size = self.hidden_size = len(WORDS)
+        self.vocab_size, self.hidden_size = len(WORDS), 2 * len(WORDS)
         self.max_position_embeddings = 4096
         super().__init__(**{"pad_token_id": 0, "eos_token_id": EOS, "bos_token_id": None} | options)
 
@@ -92,7 +92,8 @@ class Codes(nn.Module):
 
 
 class Trunk(_Base):
-    """Token ids to hidden states: the row of the table that belongs to the text so far, (1, N, V)."""
+    """Token ids to hidden states: the row of the table that belongs to the text so far, and which tokens may not
+    follow, (1, N, 2 V)."""
 
     legal_SV: Tensor
 
@@ -111,7 +112,8 @@ class Trunk(_Base):
 
     def forward(self, input_ids: Tensor, **options: Any) -> BaseModelOutput:
         state = self.states(input_ids, **options)
-        return BaseModelOutput(last_hidden_state=self.table(state).masked_fill(~self.legal_SV[state], NEVER))
+        rows, illegal = self.table(state), ~self.legal_SV[state]
+        return BaseModelOutput(last_hidden_state=torch.cat([rows, illegal.to(rows.dtype)], -1))
 
     def states(
         self, input_ids: Tensor, position_ids: Tensor | None = None, attention_plan: Any = None, **_: Any
@@ -131,13 +133,21 @@ class Trunk(_Base):
         return input_ids * SLOTS + code % SLOTS
 
 
+class Head(nn.Module):
+    """Logits are what the table says; those of tokens that may not follow are fixed."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows, illegal = hidden.chunk(2, -1)
+        return rows.masked_fill(illegal > 0.5, NEVER)
+
+
 class EnumerableLM(_Base):
-    """The trunk's hidden states are the logits."""
+    """The trunk with its head."""
 
     def __init__(self, config: EnumerableConfig) -> None:
         super().__init__(config)
         self.model = Trunk(config)
-        self.head = nn.Identity()
+        self.head = Head()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -145,7 +155,7 @@ class EnumerableLM(_Base):
     def forward(self, input_ids: Tensor, logits_to_keep: Any = 0, **options: Any) -> CausalLMOutput:
         hidden = self.model(input_ids, **options).last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutput(logits=hidden[:, kept])
+        return CausalLMOutput(logits=self.head(hidden[:, kept]))
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
@@ -169,7 +179,6 @@ def table(seed: int, spread: float) -> EnumerableLM:
     return prepare(model)
 
 
-
 def laboratory_policy(log_probs_R: Tensor) -> Tabular:
     """One prompt's responses as the laboratory has them, in float64 and without an engine."""
     letters = {letter: i + 1 for i, letter in enumerate(FIRST + SECOND)}
@@ -184,9 +193,9 @@ def laboratory_policy(log_probs_R: Tensor) -> Tabular:
 class EnumerableWorld:
     """The model, what is asked of it, and what is true: the reward of every response.
 
-    Each prompt's nine responses are worth -1, -3/4, ..., 1, in an order of its own; sums of such numbers are exact. Data
-    were written by a behaviour that is even over the responses. Labels and feedback speak of ``told_PR``, which is the
-    truth but in a control.
+    Each prompt's nine responses are worth -1, -3/4, ..., 1, in an order of its own; sums of such numbers are exact.
+    Data were written by a behaviour that is even over the responses. Labels and feedback speak of ``told_PR``, which is
+    the truth but in a control.
     """
 
     start: EnumerableLM
@@ -231,7 +240,8 @@ class EnumerableWorld:
         tree = self.everything
         logps_C = policy(tree).logps_C
         assert logps_C is not None
-        return torch.zeros(len(tree.mask_BT)).double().index_add(0, tree.owner_C, logps_C.double()).view(len(PROMPTS), -1)
+        nothing_B = torch.zeros(len(tree.mask_BT), dtype=torch.float64)
+        return nothing_B.index_add(0, tree.owner_C, logps_C.double()).view(len(PROMPTS), -1)
 
     @torch.no_grad()
     def scores(self, scorer: Scorer) -> Tensor:
@@ -308,12 +318,18 @@ class EnumerableWorld:
         return [float("b" in c.lower()) for c in completions]
 
     @property
+    def rules(self) -> Rules:
+        """One rule: no letter b or B."""
+        return Rules({"b": {"pattern": "[bB]", "violation": True}})
+
+    @property
     def judge(self) -> Judge:
         """A judge who prefers one response to another with the probability of the labels."""
         told = self._told
 
         def preferred(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
-            gaps = [told.get((p, a), -2.0) - told.get((p, b), -2.0) for p, a, b in zip(prompts, first, second, strict=True)]
+            said = zip(prompts, first, second, strict=True)
+            gaps = [told.get((p, a), -2.0) - told.get((p, b), -2.0) for p, a, b in said]
             return [1 / (1 + math.exp(-gap)) for gap in gaps]
 
         return Judge(preferred)
@@ -422,7 +438,12 @@ class EnumerableWorld:
         """Responses in steps of one letter, each right as often as the response would beat another one."""
         rate_PR = self.win_rate()
         return [
-            {"prompt": row["prompt"], "completions": list(row["completion"]), "labels": [label] * len(row["completion"]),
-             "weight": 2 * float(rate_PR[i, j] if label else 1 - rate_PR[i, j])}
-            for i, j, row in self._each() for label in (True, False)
-        ]  # fmt: skip
+            {
+                "prompt": row["prompt"],
+                "completions": [*row["completion"]],
+                "labels": [label] * len(row["completion"]),
+                "weight": 2 * float(rate_PR[i, j] if label else 1 - rate_PR[i, j]),
+            }
+            for i, j, row in self._each()
+            for label in (True, False)
+        ]

@@ -244,6 +244,10 @@ RISES = Claim("more reward")
 TAUGHT = Claim("the teacher", demonstrations, 0.03, options={})
 CONSTANT = {"learning_rate": 0.1, "schedule": "constant"}
 BEST = Claim("the best response", best_response, within=0.05, settings=CONSTANT)
+WITH_CRITIC = replace(
+    OPTIMUM, within=0.04, options={"kl": BETA, "inner_epochs": 1, "minibatches": 1},
+    words="the KL-regularised optimum ref exp(r/β), but for the bias of λ and of a critic that learns",
+)  # fmt: skip
 SCORES = Claim("the true rewards of Bradley-Terry labels", truth, within=0.02)
 SCALED = Claim("the true rewards up to a factor, as the data hold no ties", truth, within=0.02)
 
@@ -269,10 +273,7 @@ CLAIMS: dict[str, Claim] = {
     "lipo": replace(RISES, words="the order of the scores, without an optimum", share=0.7),
     "dft": replace(RISES, words="the likeliest demonstrations alone", share=0.3),
     "rloo": replace(OPTIMUM, options={"kl": BETA}),
-    "ppo": replace(
-        OPTIMUM, within=0.06, options={"kl": BETA, "inner_epochs": 1}, settings={"max_steps": 80},
-        words="the KL-regularised optimum ref exp(r/β), but for the bias of λ and of a critic that learns",
-    ),
+    **dict.fromkeys(("ppo", "ppo_max", "ma_ppo", "nlpo"), WITH_CRITIC),
     "kl_penalty": Claim(
         "the reference", demonstrations, options={}, settings={"reference": lambda world: world.teacher}
     ),
@@ -315,7 +316,18 @@ CLAIMS: dict[str, Claim] = {
         settings={"learning_rate": 0.03, "max_steps": 200},
     ),
     **dict.fromkeys(("davidson", "rao_kupper"), SCALED),
-    "process_reward": Claim("the probability that the last step is right", lambda w, a: w.win_rate(), 0.05),
+    **dict.fromkeys(
+        ("process_reward", "process_reward_model"),
+        Claim("the probability that the last step is right", lambda world, algorithm: world.win_rate(), 0.02),
+    ),
+    "dr_grpo": replace(BEST, within=0.1),
+    "rlaif": replace(
+        OPTIMUM, options={"beta": BETA, "labels": "soft"}, within=0.05, reward=lambda world: world.judge
+    ),
+    "canonical_rlaif": replace(RISES, reward=lambda world: world.judge, share=0.3),
+    "constitutional": replace(RISES, reward=lambda world: world.judge, share=0.3),
+    "rbr": replace(RISES, reward=lambda world: [world.reward, world.rules], share=0.3),
+    "safe_rlhf": replace(RISES, reward=lambda world: [world.reward, world.cost], share=0.2),
 }  # fmt: skip
 
 
