@@ -341,6 +341,7 @@ def test_weights_complete_the_reward_that_they_are_added_to(words: Any) -> None:
 
     source = Rules({"a": {"pattern": "a"}})
     assert source.fit(pairs, tokenizer=words).weights["a"] == pytest.approx(1.0)
+    assert source.fit(pairs, tokenizer=words, l1=2.0).weights["a"] == 0.0  # a weight costs more than it gains
     assert source.fit(pairs, tokenizer=words, base=base).weights["a"] == pytest.approx(0.0)  # it has its margin
     with pytest.raises(UsageError, match="no pair in which a rule"):
         Rules({"q": {"pattern": "q"}}).fit(pairs, tokenizer=words)
