@@ -19,9 +19,11 @@ from prefzoo.losses.numerics import by_case, masked, safe_exp
 from prefzoo.losses.policy_gradient import clipped_objective, log_ratios, ratio_metrics
 from prefzoo.losses.policy_modifiers import Correction, batch_weights
 from prefzoo.records import LossOut, PolicyGradient, masked_mean, masked_sum
-from prefzoo.registry import NotNegative, Positive
+from prefzoo.registry import NotNegative, Positive, UsageError
 
 # Of losses with one value per completion.
+OFF_POLICY = ("sampler_correction", "off_policy_mask")
+ANYWHERE = "it has no ratio to the policy that sampled, so its samples may come from anywhere"
 WHOLE = {"high_entropy": "the modifier chooses tokens, and this loss has one value per completion"}
 
 
@@ -90,6 +92,43 @@ def sequence_surrogate(
     ratio_B = safe_exp(masked_sum(log_ratios(batch), batch.mask_BT))
     objective_B, clip_B = clipped_objective(ratio_B, row_advantages(batch), clip, clip_high)
     return LossOut(-objective_B, row_metrics(batch, ratio_B, clip_B))
+
+
+@register_loss(paper="arXiv:2505.20686", count="row", refuses={**WHOLE, **dict.fromkeys(OFF_POLICY, ANYWHERE)})
+def a2po(batch: PolicyGradient, *, beta: Positive = 1e-3) -> LossOut:
+    """Optimal advantage regression (A*-PO): the log-ratio to the reference is fitted to the optimal advantage.
+
+        loss = (β log π(y)/ref(y) - A)²,   A = R(x, y) - V*(x)
+
+    Args:
+        batch: sampled completions, (B, T): log-probabilities under the policy and the reference, in nats, and
+            advantages, in reward units; A is their mean over the completion.
+        beta: β, reward units per nat: strength of the pull to the reference.
+
+    Returns:
+        One loss per completion, (B,), in squared reward units. Metrics (B,): ``implicit_reward``, β times
+        the log-ratio.
+
+    Convention: log-ratios are summed over tokens. With V* = β log E_ref exp(R / β) it is 0 at the KL-regularised
+    optimum, and only there; any other baseline moves the optimum. No ratio to the policy that sampled enters, so
+    samples may come from anywhere. ``old_logps_BT`` is not read. The paper and TRL have 1e-3 for β.
+
+    Known failure: squares: one answer with a log-ratio far from its target outweighs its batch, and long answers have
+    the largest. An estimate of V* from few samples is too low, which makes every answer likelier.
+
+    Source: Brantley et al., Accelerating RL for LLM Reasoning with Optimal Advantage Regression, arXiv:2505.20686.
+
+    >>> batch = PolicyGradient(
+    ...     logps_BT=torch.tensor([[-1.0, -1.0]]), old_logps_BT=torch.tensor([[-1.0, -1.0]]),
+    ...     ref_logps_BT=torch.tensor([[-2.0, -1.0]]), advantages_BT=torch.tensor([[0.5, 0.5]]),
+    ...     mask_BT=torch.tensor([[True, True]]))
+    >>> a2po(batch, beta=0.1).loss  # (0.1 * 1 - 0.5)²
+    tensor([0.1600])
+    """
+    if batch.ref_logps_BT is None:
+        raise UsageError("loss 'a2po' needs PolicyGradient.ref_logps_BT, the reference's log-probabilities.")
+    implicit_B = beta * masked_sum(batch.logps_BT - batch.ref_logps_BT.detach(), batch.mask_BT)
+    return LossOut((implicit_B - row_advantages(batch)).square(), {"implicit_reward": implicit_B.detach()})
 
 
 @register_loss(paper="arXiv:2507.18071", count="row", reference=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from prefzoo.models.reference import weights_hash
 from prefzoo.models.roles import Policy
 from prefzoo.models.tree import TreeBatch, pack_rows
 from prefzoo.parts.offline import ReturnAbove
+from prefzoo.parts.optimal import OptimalAdvantage
 from prefzoo.records import Heads
 from prefzoo.registry import UsageError
 from prefzoo.training import Run
@@ -322,3 +324,23 @@ def test_heads_come_back_from_a_checkpoint(policy: Policy, words: PreTrainedToke
 def stop_at_3(step: int, *_: Any) -> None:
     if step == 3:
         raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------------------------ the optimal value
+
+
+def test_the_optimal_value_is_that_of_the_references_completions() -> None:
+    """Of two prompts, each with one completion of the policy's and two of the reference's, whose rewards are huge."""
+    made = pack_rows([([5], [[8, 9], [10], [11]]), ([6], [[8], [9], [10]]), ([7], [[8], [9], [10]])])
+    sampler_B = torch.tensor([0, 1, 1] * 3)
+    samples = Samples("completions", made.prompts, made.completions, made.prompt_B, {"sampler": sampler_B})
+    nan = float("nan")
+    scores_B = torch.tensor([1.0, 3.0, 1.0, nan, 0.0, 0.0, 2.0, 900.0, nan])
+    kept = OptimalAdvantage(temperature=2.0)(samples, scores_B)
+    value = 2.0 * math.log((math.exp(3 / 2) + math.exp(1 / 2)) / 2)
+    assert kept.completions.lengths.tolist() == [2, 1] and kept.prompt_B.tolist() == [0, 1]
+    torch.testing.assert_close(kept.tokens["advantages"], torch.tensor([1 - value, 1 - value, 2.0 - 900.0]))
+    shifted = OptimalAdvantage(temperature=2.0)(samples, scores_B + 7).tokens["advantages"]
+    torch.testing.assert_close(shifted, kept.tokens["advantages"])
+    silent = OptimalAdvantage()(samples, torch.tensor([1.0, nan, nan] * 3))
+    assert len(silent) == 0, "a prompt without any reward of the reference's has no advantage"

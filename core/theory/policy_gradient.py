@@ -239,6 +239,28 @@ def entropy_bonus(entry: str) -> Iterator[Finding]:
     yield Finding(entry, "optimum", "0 at the uniform policy", size, EXACT)
 
 
+@theorem("a2po")
+def optimal_advantage(entry: str) -> Iterator[Finding]:
+    """Where the regression ends, and whose gradient it has on the way."""
+    policy, reference = policies()[0], moved(policies()[0], 0.5, seed=3)
+    rewards_R, beta = some_rewards(policy), 0.7
+    value = beta * (reference.log_probs().detach() + rewards_R / beta).logsumexp(0)
+    best = Tabular(policy.vocabulary, policy.length).become(reference.log_probs().detach() + rewards_R / beta)
+    drawn = draws(best)
+    record = record_of(best, drawn.index_B, (rewards_R - value)[drawn.index_B], reference=reference)
+    loss_B = create_loss(entry, beta=beta)(record).loss
+    claim = "with A = R - V* it is 0 at the KL-regularised optimum ref exp(R / β), for every response"
+    yield Finding(entry, "optimum", claim, loss_B.detach().abs().max().item(), EXACT)
+    drawn = draws(policy)
+    for baseline, words in ((value, "V*"), (torch.tensor(3.0), "any baseline")):
+        record = record_of(policy, drawn.index_B, (rewards_R - baseline)[drawn.index_B], reference=reference)
+        found = -policy.gradient(expected_loss(create_loss(entry, beta=beta), record, drawn)) / (2 * beta)
+        log_R = policy.log_probs()
+        objective = (log_R.exp() * (rewards_R - beta * (log_R - reference.log_probs().detach()))).sum()
+        claim = f"on the policy's own completions, with {words}: -2β times the gradient of E[R] - β KL(π ‖ ref)"
+        yield Finding(entry, "gradient", claim, difference(found, policy.gradient(objective)), EXACT)
+
+
 # -- modifiers --------------------------------------------------------------------------------------------------------
 
 

@@ -273,7 +273,12 @@ CLAIMS: dict[str, Claim] = {
     "lipo": replace(RISES, words="the order of the scores, without an optimum", share=0.7),
     "dft": replace(RISES, words="the likeliest demonstrations alone", share=0.3),
     "rloo": replace(OPTIMUM, options={"kl": BETA}),
-    **dict.fromkeys(("ppo", "ppo_max", "ma_ppo", "nlpo"), WITH_CRITIC),
+    **dict.fromkeys(("reinforce", "remax", "reinforce_pp"), replace(OPTIMUM, options={"kl": BETA}, within=0.04)),
+    "a2c": replace(OPTIMUM, options={"kl": BETA, "entropy": 0.0}),
+    "trpo": replace(OPTIMUM, options={"kl": BETA}, within=0.06, settings={"max_steps": 30}),  # steps of one size
+    **dict.fromkeys(("ppo", "ma_ppo"), WITH_CRITIC),
+    "ppo_max": replace(RISES, share=0.3),  # rewards in units of their own deviation
+    "nlpo": replace(RISES, share=0.3),  # its KL is to its own past
     "kl_penalty": Claim(
         "the reference", demonstrations, options={}, settings={"reference": lambda world: world.teacher}
     ),
@@ -281,6 +286,7 @@ CLAIMS: dict[str, Claim] = {
         "the best of 4 samples, by order statistics", best_of(4), within=0.03, options={"n": 4}
     ),
     "hpo": replace(RISES, share=0.3),
+    "a2po": replace(OPTIMUM, options={"beta": BETA, "value_temperature": BETA, "value_samples": 7}, within=0.05),
     "entropy_bonus": Claim("the even policy", even),
     "online_dpo": replace(OPTIMUM, options=SOFT, within=0.05),
     "xpo": replace(OPTIMUM, options=SOFT, within=0.05),

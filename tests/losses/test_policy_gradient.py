@@ -20,7 +20,7 @@ from prefzoo.testing import check_loss, random_record
 WIDE = {"clip": 50.0, "clip_high": 50.0}  # no clip binds
 ENTRIES = [n for n in LOSSES.names() if LOSSES.entry(n).tags["family"] is PolicyGradient]
 BESIDE = ("entropy_bonus", "kl_penalty")  # terms beside the advantage
-ADVANTAGE = [n for n in ENTRIES if n not in BESIDE]
+ADVANTAGE = [n for n in ENTRIES if n not in (*BESIDE, "a2po")]  # which fits the advantage and does not follow it
 PLAIN = [n for n in ADVANTAGE if n != "a2c"]  # nothing but the advantage in them
 ROWS = ("sequence_surrogate", "gmpo")  # one value per completion
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
