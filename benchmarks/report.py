@@ -151,6 +151,7 @@ def terminal(results: Result, width: int = 120) -> str:
     from rich.table import Table
 
     # Square brackets are a stamp, intervals and the words of errors, never styles.
+    width += 8 if large(results) else 0  # for the places
     console = Console(file=io.StringIO(), width=width, force_terminal=False, markup=False, emoji=False)
     stamp = (
         "this run only: one seed, intervals over prompts" if results["this_run_only"] else f"{results['seeds']} seeds"
