@@ -276,7 +276,8 @@ CLAIMS: dict[str, Claim] = {
     **dict.fromkeys(("reinforce", "remax", "reinforce_pp"), replace(OPTIMUM, options={"kl": BETA}, within=0.04)),
     "a2c": replace(OPTIMUM, options={"kl": BETA, "entropy": 0.0}),
     "trpo": replace(OPTIMUM, options={"kl": BETA}, within=0.06, settings={"max_steps": 30}),  # steps of one size
-    **dict.fromkeys(("ppo", "ma_ppo"), WITH_CRITIC),
+    "ppo": WITH_CRITIC,
+    "ma_ppo": replace(WITH_CRITIC, options={**WITH_CRITIC.options, "value": "first", "temperature": 1.0}),
     "ppo_max": replace(RISES, share=0.3),  # rewards in units of their own deviation
     "nlpo": replace(RISES, share=0.3),  # its KL is to its own past
     "kl_penalty": Claim(
