@@ -30,7 +30,7 @@ from prefzoo.parts.pairs import (
 )
 from prefzoo.parts.preference import compared, loss_named
 from prefzoo.parts.win_rate import Demonstrated, WinMargin, WinRate
-from prefzoo.records import PolicyGradient
+from prefzoo.records import Pairs, PolicyGradient
 from prefzoo.registry import UsageError
 from prefzoo.theory.enumerable_lm import PROMPTS, RESPONSES, EnumerableWorld
 from prefzoo.theory.policies import Tabular
@@ -447,6 +447,23 @@ def test_win_margins_are_of_main_completions_and_0_where_unknown() -> None:
     first = [credited.completions.offsets[b] for b in range(2)]
     assert len(credited) == 2 and credited.tokens["advantages"][first].tolist() == [0.25, 0.0]
     assert WinMargin().needs == set() and WinMargin(kl=0.1).needs == {"reference"}
+
+
+# -- xpo ---------------------------------------------------------------------------------------------------------------
+
+
+def test_xpo_logs_who_wins_and_what_the_reference_wrote() -> None:
+    mask_BT, zeros_BT = torch.ones(4, 1, dtype=torch.bool), torch.zeros(4, 1)
+    batch = Pairs(
+        chosen_logps_BT=torch.tensor([[-1.0], [-1.0], [-3.0], [-3.0]]), rejected_logps_BT=zeros_BT - 2,
+        ref_chosen_logps_BT=zeros_BT - 2, ref_rejected_logps_BT=zeros_BT - 2, chosen_mask_BT=mask_BT,
+        rejected_mask_BT=mask_BT, probability_B=torch.tensor([1.0, 0.0, 1.0, 0.0]),
+    )  # fmt: skip
+    metrics = create_loss("xpo")(batch).metrics
+    assert metrics["rewards/accuracies"].tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert metrics["exploration"].tolist() == [-2.0] * 4
+    with pytest.raises(UsageError, match="column 'probability'"):
+        create_loss("xpo")(replace(batch, probability_B=None))
 
 
 # -- losses by name ----------------------------------------------------------------------------------------------------
