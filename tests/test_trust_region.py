@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from prefzoo.algorithm import Algorithm, create_algorithm
+from prefzoo.models.reference import weights_hash
 from prefzoo.parts.update import TrustRegion
 from prefzoo.registry import UsageError
+from prefzoo.theory.enumerable_lm import EnumerableWorld
 from prefzoo.theory.policies import EnumerablePolicy, Tabular, TinyTransformer
+from prefzoo.theory.runs import claim_of, fit, sized
 from prefzoo.training.updates import Fisher, Landscape, conjugate_gradients, dot, flat, natural_step, put
 
 EXACT = TrustRegion(max_kl=1e-3, cg_iterations=200, damping=1e-6)
@@ -225,3 +230,50 @@ def test_conjugate_gradients_solve_and_measure() -> None:
 def test_wrong_settings_are_named(given: dict[str, float], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         TrustRegion(**given)  # type: ignore[arg-type]
+
+
+# -- the algorithm, on the language model whose responses can be enumerated -------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def enumerable() -> EnumerableWorld:
+    return EnumerableWorld.make()
+
+
+def trained(world: EnumerableWorld, algorithm: Algorithm, **settings: Any) -> Any:
+    claim = replace(claim_of(algorithm, {}), settings={})
+    return fit(world, sized(algorithm, samples=32), claim, **{"logging_steps": 1, "max_steps": 3, **settings})
+
+
+def test_every_step_of_a_run_stays_in_its_region_and_uses_it(enumerable: EnumerableWorld) -> None:
+    ended = trained(enumerable, create_algorithm("trpo", max_kl=0.02, damping=1e-3))
+    for row in ended.run.history:
+        assert 0.004 < row["trust/kl"] <= 0.02 and row["trust/improvement"] > 0 and row["trust/accepted"] == 1
+    engine = ended.engines[0]
+    assert not engine.trained["policy"].optimizer.state, "no optimizer has moved it"
+    assert not any(p.requires_grad for p in engine.before.parameters())
+
+
+def test_the_learning_rate_means_nothing_to_a_trust_region(enumerable: EnumerableWorld) -> None:
+    one, other = (
+        weights_hash(trained(enumerable, create_algorithm("trpo"), learning_rate=rate).run.model) for rate in (0.0, 9.0)
+    )
+    assert one == other != weights_hash(enumerable.start)
+
+
+def test_without_a_gradient_there_is_no_step(enumerable: EnumerableWorld) -> None:
+    algorithm = create_algorithm("trpo", kl=0.0)
+    claim = replace(
+        claim_of(algorithm, {}), settings={}, reward=lambda world: lambda completions: [1.0] * len(completions)
+    )
+    ended = fit(enumerable, sized(algorithm, samples=32), claim, max_steps=1, logging_steps=1)
+    assert ended.run.history[0]["trust/accepted"] == 0
+    assert weights_hash(ended.run.model) == weights_hash(enumerable.start)
+
+
+def test_what_a_trust_region_cannot_do_is_said(enumerable: EnumerableWorld) -> None:
+    with pytest.raises(UsageError, match="precision='float32'"):
+        trained(enumerable, create_algorithm("trpo"), precision="bfloat16")
+    for option in ("inner_epochs", "minibatches"):
+        with pytest.raises(UsageError, match="leave inner_epochs and minibatches at 1"):
+            create_algorithm("trpo", **{option: 2})
