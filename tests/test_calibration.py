@@ -151,6 +151,7 @@ def test_a_reward_model_in_memory_stays_as_it_is(words: Any, tmp_path: Path) -> 
     best = fit_temperature(_differences(words, scorer, rows))
     assert found.temperature == pytest.approx(best)
     assert sum(r["pairs"] for r in found.bins) == 2 * len(rows) and len(found.bins) <= 2 * BINS
+    assert all(r["to"] - r["from"] == pytest.approx(0.5 / BINS) for r in found.bins)
     assert "the same" in found.lines()[0] and f"{found.after.nll:.4f}" in found.lines()[-1]
 
 
