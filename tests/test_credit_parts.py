@@ -13,17 +13,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefzoo.algorithm import Algorithm, create_algorithm
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.losses import advantages
+from prefzoo.models.reference import weights_hash
 from prefzoo.parts.baselines import Baseline, BatchNormalised, Decoupled, Greedy, LengthWeighted, MovingMean
 from prefzoo.parts.controllers import FixedKL
 from prefzoo.parts.credit import GroupRelative, LeaveOneOut
 from prefzoo.parts.critics import GAE, MacroActions, RunningScale
-from prefzoo.parts.feedback import MaskTruncated
+from prefzoo.parts.feedback import MaskTruncated, Verifier
 from prefzoo.parts.keep import InTurn, MixedGroups, SoftOverlong
+from prefzoo.parts.reference import Moving
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Finish
+from prefzoo.theory.enumerable_lm import EnumerableWorld
 from prefzoo.theory.policies import Tabular
+from prefzoo.theory.runs import Ended, claim_of, fit, sized
 
 LENGTHS, GROUPS = (2, 3, 1, 4, 2, 2), (0, 0, 0, 1, 1, 1)
 SCORES = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.5, 0.0])
@@ -351,3 +356,77 @@ def test_parts_act_in_turn() -> None:
 def test_wrong_settings_are_named(make: Callable[[], Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         make()
+
+
+# -- in runs, on the language model whose responses can be enumerated -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world() -> EnumerableWorld:
+    return EnumerableWorld.make()
+
+
+def trained(world: EnumerableWorld, algorithm: Algorithm, **given: Any) -> Ended:
+    settings = {"logging_steps": 1, "max_steps": 2, **given}
+    claim = replace(claim_of(algorithm, {}), settings={}, reward=settings.pop("reward", lambda world: world.reward))
+    return fit(world, sized(algorithm, samples=32), claim, **settings)
+
+
+def equal(world: EnumerableWorld) -> Any:
+    """A reward that nothing can be learned from."""
+    return lambda completions: [0.5] * len(completions)
+
+
+def test_dynamic_sampling_is_charged_to_the_run(world: EnumerableWorld) -> None:
+    for resamplings, rounds in ((0, 1), (3, 4)):
+        dapo = create_algorithm("dapo", resamplings=resamplings, overlong_share=0.0, group_size=8, max_new_tokens=4)
+        ended = trained(world, dapo, reward=equal)
+        prompts = ended.engines[0].stage.schedule.prompts
+        spent = ended.engines[0].spent
+        assert spent.prompts == 2 * rounds * prompts and spent.reward_calls == 8 * spent.prompts
+        assert spent.optimizer_steps == 0
+        assert [row["kept"] for row in ended.run.history] == [0.0, 0.0]
+        assert weights_hash(ended.run.model) == weights_hash(world.start)
+    full = trained(world, create_algorithm("dapo", group_size=8, max_new_tokens=4))
+    assert full.engines[0].spent.prompts == 2 * prompts, "who differ are enough"
+
+
+def test_rlvr_is_the_algorithm_that_it_is_given_with_a_verifier(world: EnumerableWorld) -> None:
+    plain = weights_hash(trained(world, create_algorithm("rlvr")).run.model)
+    assert plain == weights_hash(trained(world, create_algorithm("grpo", kl=0.0, count="token")).run.model)
+    for name in ("dapo", "ppo", "remax"):
+        over = create_algorithm("rlvr", over=name, max_new_tokens=4)
+        assert isinstance(over.stages[0].feedback, Verifier) and f"{name}" in over.sources
+        alone = trained(world, create_algorithm(name, max_new_tokens=4))
+        assert weights_hash(trained(world, over).run.model) == weights_hash(alone.run.model) != plain
+    assert create_algorithm("rlvr", over="dapo", group_size=4).stages[0].source.group_size == 4
+    assert create_algorithm("rlvr", over="dapo").stages[0].source.group_size == 16, "its own default"
+    for options, says in (({"over": "sft"}, "does not sample"), ({"over": "dapo", "clip": 0.1}, "have no effect")):
+        with pytest.raises(UsageError, match=says):
+            create_algorithm("rlvr", **options)
+
+
+def test_the_greedy_completion_is_scored_and_not_trained_on(world: EnumerableWorld) -> None:
+    ended = trained(world, create_algorithm("remax"))
+    spent = ended.engines[0].spent
+    assert spent.reward_calls == 2 * spent.prompts and "reward/sampler_1" in ended.run.history[0]
+    assert len(ended.engines[0].stage.source.beside) == 1
+    trained_rows = spent.trained_tokens / ended.run.history[-1]["completions/mean_length"]
+    assert trained_rows < 1.5 * spent.prompts
+
+
+def test_what_credits_have_learned_is_in_the_checkpoint(world: EnumerableWorld) -> None:
+    engine = trained(world, create_algorithm("ppo_max")).engines[0]
+    kept = engine.state()[1]["controllers"]
+    assert kept["reward_scale"]["count"] == engine.spent.reward_calls
+    assert engine.stage.credit.scale is engine.stage.controllers["reward_scale"]
+    baseline = trained(world, create_algorithm("reinforce"))
+    means = [row["reward"] for row in baseline.run.history]
+    state = baseline.engines[0].state()[1]["controllers"]["baseline"]
+    assert state == {"value": pytest.approx(sum(means) / 2), "steps": 2.0}
+
+
+def test_a_mask_that_follows_is_copied_after_so_many_samplings(world: EnumerableWorld) -> None:
+    nlpo = create_algorithm("nlpo", mask_every=3, inner_epochs=2, minibatches=4)
+    assert nlpo.stages[0].reference == Moving(alpha=1.0, every=24)
+    assert nlpo.stages[0].source.mask_top_p == 0.9
