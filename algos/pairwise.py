@@ -5,7 +5,7 @@ from typing import Literal
 from prefzoo.algorithm import Algorithm, Term, register_algorithm
 from prefzoo.losses import create_loss
 from prefzoo.parts.prelude import ClassMidpoint, RunningMean
-from prefzoo.parts.reference import Moving
+from prefzoo.parts.reference import BiasCorrected, Moving
 from prefzoo.parts.source import DatasetRows
 from prefzoo.registry import NotNegative, Positive, Share, UsageError
 
@@ -117,3 +117,33 @@ def tr_dpo(*, beta: Positive = 0.05, alpha: Share = 0.6, every: int = 1) -> Algo
     return Algorithm(
         source=DatasetRows("pairs"), loss=create_loss("dpo", beta=beta), reference=Moving(alpha=alpha, every=every)
     )
+
+
+@register_algorithm(paper="arXiv:2508.00180", recommended={"learning_rate": 1e-6})
+def bema_dpo(
+    *, beta: Positive = 0.1, every: int = 400, ema_power: NotNegative = 0.5, bias_power: NotNegative = 0.2,
+    lag: Positive = 10.0,
+) -> Algorithm:  # fmt: skip
+    """DPO whose reference is a bias-corrected mean of the policy's past weights.
+
+        dpo's loss;   every ``every`` steps: EMA ← (1 - b) EMA + b θ,   ref = EMA + a (θ - θ_0)
+        b = (lag + t)^-ema_power,   a = (lag + t)^-bias_power
+
+    Args:
+        beta: strength of the pull to the reference, per nat.
+        every: optimizer steps between two updates.
+        ema_power, bias_power, lag: how b and a decay with the steps t.
+
+    KL enters by the log-ratios to the moving reference, summed over an answer's tokens.
+
+    Convention: TRL's experimental "BEMA for the reference model", with its defaults; the paper has the mean for the
+    trained weights themselves, not for a reference. Not with adapters (lora), as in ``tr_dpo``.
+
+    Source: Block and Zhang, EMA Without the Lag, arXiv:2508.00180; as a reference: TRL.
+
+    Example::
+
+        prefzoo.train("bema_dpo", model="my-model", dataset="pairs.jsonl", every=50)
+    """
+    reference = BiasCorrected(every=every, ema_power=ema_power, bias_power=bias_power, lag=lag)
+    return Algorithm(source=DatasetRows("pairs"), loss=create_loss("dpo", beta=beta), reference=reference)

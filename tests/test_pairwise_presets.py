@@ -149,7 +149,7 @@ def test_an_evaluation_does_not_move_the_shift(fit: Fit) -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), [
-    ("bco", {}), ("tr_dpo", {"alpha": 1.0, "every": 2, "lora": True}),
+    ("bco", {}), ("bema_dpo", {"every": 1}), ("tr_dpo", {"alpha": 1.0, "every": 2, "lora": True}),
 ], ids=str)  # fmt: skip
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     name: str, options: dict[str, Any], fit: Fit, tmp_path: Path
@@ -208,6 +208,22 @@ def test_what_lies_under_an_adapter_is_one_for_both_and_not_in_the_checkpoint(fi
     kept = [name for name in engine.state()[0] if name.startswith("reference/")]
     assert kept and all(is_adapter(name) for name in kept)
     assert isinstance(engine.policy, Policy)
+
+
+def test_a_bias_corrected_reference_is_ahead_of_the_mean(fit: Fit, engines: list[Engine]) -> None:
+    """Two updates by hand, from the weights of runs of one and two steps."""
+    start = fit("dpo", learning_rate=0.0, max_steps=1).policy
+    weights = []
+    for steps in (1, 2):
+        fit("bema_dpo", every=1, max_steps=steps, learning_rate=0.5)
+        weights.append([p.detach().clone() for p in engines[-1].policy.parameters()])
+    assert engines[-1].reference is not None and start is not None
+    for was, first, second, ref in zip(start.parameters(), *weights, engines[-1].reference.parameters(), strict=True):
+        mean = was + 11**-0.5 * (first - was)
+        mean = mean + 12**-0.5 * (second - mean)
+        torch.testing.assert_close(ref, mean + 12**-0.2 * (second - was), atol=1e-6, rtol=1e-4)
+    with pytest.raises(prefzoo.UsageError, match="needs alpha=1, a hard copy"):
+        fit("bema_dpo", lora=True)
 
 
 def test_weights_between_two_adapters_are_refused_with_the_cure(fit: Fit) -> None:

@@ -317,6 +317,7 @@ CLAIMS: dict[str, Claim] = {
         "exp(score/β), as the data are even", of_scores, options={"beta": BETA, "standardise": False, "cap": 1e6}
     ),
     "fdpo": MINIMUM,
+    "bema_dpo": replace(RISES, share=0.3, options={"beta": BETA, "every": 5}),
     "ilql": Claim(
         "the policy of its data, steered by their exact Q", steered, 0.06,
         options={"beta": 2.0, "expectile": 0.5, "gamma": 1.0, "cql": 0.0, "polyak": 1.0},

@@ -156,6 +156,9 @@ class Engine(Collector):
         if condition is not None and not stage.on_policy:
             self.data = condition.of_rows(data, self)
         self.data = self._credited(self.data)
+        if self.moving is not None:
+            assert reference is not None
+            self.moving.begin(reference)
         self.agree(None)
         self.mark()
 
@@ -273,6 +276,7 @@ class Engine(Collector):
             own = {id(p) for p in self.policy.parameters()}  # what it shares with the policy does not move
             theirs = ((n, p) for n, p in self.reference.named_parameters() if id(p) not in own)
             moved |= {f"{REFERENCE}/{name}": p.detach() for name, p in theirs}
+            moved |= {f"{REFERENCE}.kept/{name}": value for name, value in self.moving.kept().items()}
         return moved
 
     # ------------------------------------------------------------------------------------ the loop
@@ -613,7 +617,7 @@ class Engine(Collector):
         each_round = isinstance(self.moving, EachRound)
         if self.moving is not None and not each_round and self.spent.optimizer_steps % self.moving.every == 0:
             assert self.reference is not None
-            self.moving.follow(self.reference, self.policy)
+            self.moving.follow(self.reference, self.policy, self.spent.optimizer_steps)
 
     def _natural_step(
         self,

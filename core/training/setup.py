@@ -382,7 +382,7 @@ def make_engine(
     moving = isinstance(stage.reference, Moving)
     if moving and anchor is not None:
         raise UsageError("a moving reference follows the policy from its start; leave reference= out.")
-    if isinstance(stage.reference, Moving) and stage.reference.alpha < 1 and policy.adapter is not None:
+    if isinstance(stage.reference, Moving) and not stage.reference.copies and policy.adapter is not None:
         raise UsageError(
             "the weights between two adapters (lora) are not those between their factors: a moving reference needs "
             "alpha=1, a hard copy, there; or train all weights."
