@@ -121,6 +121,8 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "no rules": ("rbr", rated, "give both, the rules last"),
     "rules alone": ("rbr", Rules(RULES), "for rules alone take"),
     "rules first": ("rbr", [Rules(RULES), rated], "the rules last"),
+    "one reward for two": ("safe_rlhf", rated, "expected a list of 2 rewards, got 1"),
+    "three for two": ("safe_rlhf", [rated, rated, rated], "expected a list of 2 rewards, got 3"),
     "a judge beside rules": ("rbr", [Judge(lambda prompts, first, second: [0.5]), Rules(RULES)], "give a reward model"),
 }
 

@@ -67,6 +67,11 @@ class RewardSource:
         """This source, ready for completions of a policy with that tokenizer: what it names by folder is loaded."""
         return self
 
+    @property
+    def width(self) -> int:
+        """K, how many objectives it has."""
+        return 1
+
     def objectives(self, samples: Samples) -> Tensor:
         """The scores that are several, each by itself (B, K); here the only one."""
         return self(samples)[:, None]
@@ -374,6 +379,10 @@ class SumReward(Several):
         weights_K1 = self.weights_K[:, None]
         counts_B = (~scores_KB.isnan() & (weights_K1 != 0)).any(0)
         return torch.where(counts_B, (weights_K1 * scores_KB.nan_to_num()).sum(0), torch.nan)
+
+    @property
+    def width(self) -> int:
+        return len(self.parts)
 
     def objectives(self, samples: Samples) -> Tensor:
         """The scores of each source times its weight, in their order (B, K); NaN where it says nothing."""

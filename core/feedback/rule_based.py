@@ -131,6 +131,10 @@ class Rules(RewardSource):
         kept_BK = torch.where(violation_K, 1 - p_BK, p_BK)
         return kept_BK.amin(1) if self.how == "minimum" else kept_BK.prod(1)
 
+    @property
+    def width(self) -> int:
+        return len(self.rules) if self.how == "sum" else 1
+
     def objectives(self, samples: Samples) -> Tensor:
         """In a sum, what each rule adds, (B, K); else the one reward."""
         if self.how != "sum":

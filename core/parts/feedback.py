@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +59,13 @@ class Objectives:
     count: int | None = None
     needs: frozenset[str] = frozenset({REWARD})
 
+    def check(self, source: Any) -> None:
+        """Refuse a reward that has another number of objectives."""
+        if self.count is not None and source.width != self.count:
+            raise UsageError(f"reward: expected a list of {self.count} rewards, got {source.width}.")
+
     def __call__(self, samples: Samples, roles: Roles) -> Tensor:
-        scores_BK = roles.objectives(samples)
-        if self.count is not None and scores_BK.shape[1] != self.count:
-            raise UsageError(f"reward: expected a list of {self.count} rewards, got {scores_BK.shape[1]}.")
-        return scores_BK
+        return roles.objectives(samples)
 
 
 @dataclass(frozen=True)
