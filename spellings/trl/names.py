@@ -131,7 +131,8 @@ SPELLINGS: dict[str, Spelling] = {
 }  # fmt: skip
 
 _UNTRANSLATED = "its options are not translated to ours"
-_TEACHER = "no teacher scores the samples of the policy", "trl:sft"
+_SERVED = "its options are not translated to ours, and a teacher is a model of the run, not a server beside it"
+_OTHER_PROMPT = "its teacher is the policy itself, which reads {} in its prompt; here both read the same prompt"
 
 # What TRL has under a name and we do not: why, and the nearest that is here.
 ABSENT: dict[str, tuple[str, str]] = {
@@ -139,14 +140,18 @@ ABSENT: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("online_dpo", "OnlineDPOTrainer"), (_UNTRANSLATED, "online_dpo")),
     **dict.fromkeys(("xpo", "XPOTrainer"), (_UNTRANSLATED, "xpo")),
     **dict.fromkeys(("nash_md", "NashMDTrainer"), (_UNTRANSLATED, "nash_md")),
+    **dict.fromkeys(("gkd", "GKDTrainer"), (_UNTRANSLATED, "gkd")),
+    **dict.fromkeys(("gold", "GOLDTrainer"), ("its teacher may have another tokenizer; here both share one", "gkd")),
     **dict.fromkeys(
-        ("gkd", "gold", "distillation", "server_distillation", "async_distillation", "sdft", "sdpo", "iw_opd",
-         "GKDTrainer", "GOLDTrainer", "DistillationTrainer", "ServerDistillationTrainer", "AsyncDistillationTrainer",
-         "SDFTTrainer", "SDPOTrainer", "IWOPDTrainer"),
-        _TEACHER,
+        ("distillation", "server_distillation", "async_distillation", "DistillationTrainer",
+         "ServerDistillationTrainer", "AsyncDistillationTrainer"),
+        (_SERVED, "gkd"),
     ),
-    **dict.fromkeys(("prm", "PRMTrainer"), ("the data has no labelled steps", "trl:reward")),
+    **dict.fromkeys(("sdft", "SDFTTrainer"), (_OTHER_PROMPT.format("a demonstration"), "gkd")),
+    **dict.fromkeys(("sdpo", "SDPOTrainer"), (_OTHER_PROMPT.format("feedback on its answer"), "gkd")),
+    **dict.fromkeys(("iw_opd", "IWOPDTrainer"), (_UNTRANSLATED, "iw_opd")),
+    **dict.fromkeys(("prm", "PRMTrainer"), (_UNTRANSLATED, "process_reward_model")),
     **dict.fromkeys(("ppo", "PPOTrainer"), ("until 1.10 it moved policy and critic by one optimizer", "ppo")),
-    **dict.fromkeys(("a2po", "A2POTrainer"), ("no values are estimated from the reference before the run", "trl:grpo")),
+    **dict.fromkeys(("a2po", "A2POTrainer"), (_UNTRANSLATED, "a2po")),
     **dict.fromkeys(("async_grpo", "AsyncGRPOTrainer"), ("sampling does not run beside the training", "trl:grpo")),
 }  # fmt: skip
