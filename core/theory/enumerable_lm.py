@@ -44,7 +44,7 @@ from prefzoo.theory.policies import END, Tabular
 PROMPTS = ("p", "qq")
 FIRST, SECOND = "abc", "AB"
 RESPONSES = tuple(a + b for a, b in itertools.product(FIRST, ("", *SECOND)))
-WORDS = ("<pad>", "<eos>", "<other>", "p", "q", *FIRST, *SECOND)
+WORDS = ("<pad>", "<eos>", "<other>", "p", "q", *FIRST, *SECOND, *"12345")  # digits: of control words
 EOS = WORDS.index("<eos>")
 NEVER = -15.0  # logit of a token that may not follow: finite, so that the log-probability of any text is
 SLOTS = 128  # rows of the table for each last token; texts are dealt to them by a hash

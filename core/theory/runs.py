@@ -333,9 +333,18 @@ CLAIMS: dict[str, Claim] = {
         OPTIMUM, options={"beta": BETA, "labels": "soft"}, within=0.05, reward=lambda world: world.judge
     ),
     "canonical_rlaif": replace(RISES, reward=lambda world: world.judge, share=0.3),
-    "constitutional": replace(RISES, reward=lambda world: world.judge, share=0.3),
-    "rbr": replace(RISES, reward=lambda world: [world.reward, world.rules], share=0.3),
-    "safe_rlhf": replace(RISES, reward=lambda world: [world.reward, world.cost], share=0.2),
+    "constitutional": replace(
+        RISES, reward=lambda world: world.judge, share=0.2, settings={"max_steps": 25}, options={"rl": "rloo"}
+    ),
+    "rbr": replace(
+        RISES, reward=lambda world: [world.reward, world.rules], share=0.3, settings={"max_steps": 40},
+        options={"inner_epochs": 1, "minibatches": 1},
+    ),
+    "quark": replace(RISES, share=0.3, settings={"max_steps": 20}),
+    "safe_rlhf": replace(
+        RISES, reward=lambda world: [world.reward, world.cost], share=0.2, settings={"max_steps": 40},
+        options={"inner_epochs": 1, "minibatches": 1},
+    ),
 }  # fmt: skip
 
 
