@@ -117,7 +117,12 @@ def show(
 
 @app.command()
 def check(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="losses; all if none is given")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="losses, algorithms; all losses if none is given")
+    ] = None,
+    algorithm: Annotated[
+        bool, typer.Option("--algorithm", help="names as algorithms, also those that losses have; all if none is given")
+    ] = False,
     theory: Annotated[
         bool, typer.Option("--theory", help="what the theory laboratory finds, of any entry, instead of the contract")
     ] = False,
@@ -125,14 +130,18 @@ def check(
     imports: Imports = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Whether losses keep their contract: shapes, gradients, symmetries, extremes, options. Exit code 1 if not.
+    """Whether losses keep their contract (shapes, gradients, symmetries, extremes, options) and algorithms theirs: they
+    are trained where every response can be enumerated, and end where they should. Exit code 1 if not.
 
-    'prefzoo check my_loss --import my_file.py' checks a loss of yours; -s beta=0.5 checks one loss at other options.
+    'prefzoo check my_loss --import my_file.py' checks a loss of yours; -s beta=0.5 checks one entry at other options.
     """
     from prefzoo.cli import check as checks
 
-    kept = checks.show_theory if theory else checks.show_contract
-    if not kept(names or [], settings or [], imports, as_json):
+    if theory:
+        kept = checks.show_theory(names or [], settings or [], imports, as_json)
+    else:
+        kept = checks.show_contract(names or [], settings or [], imports, as_json, algorithm)
+    if not kept:
         raise typer.Exit(1)
 
 

@@ -1,4 +1,4 @@
-"""``prefzoo check``: the contract of losses, and what the theory laboratory finds, as tables and as JSON."""
+"""``prefzoo check``: the contracts of losses and of algorithms, and what the laboratory finds, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -7,23 +7,35 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefzoo.algorithm import ALGORITHMS
+from prefzoo.algorithm import ALGORITHMS, algorithm_entry, list_algorithms
 from prefzoo.cli.cards import AROUND, import_all, plain, table, wide_console
 from prefzoo.cli.training import read_settings
 from prefzoo.losses import LOSSES, create_loss
 from prefzoo.registry import UsageError, suggest
-from prefzoo.testing import ContractError, loss_checks
+from prefzoo.testing import AlgorithmCheck, Check, ContractError, algorithm_checks, loss_checks
 
 
-def show_contract(names: Sequence[str], settings: Sequence[str], imports: Iterable[Path], as_json: bool) -> bool:
-    """Check losses, all where none is named; print how it went, and return whether all keep the contract."""
+def show_contract(
+    names: Sequence[str], settings: Sequence[str], imports: Iterable[Path], as_json: bool, algorithms: bool = False
+) -> bool:
+    """Check losses, and algorithms that are no losses; print how it went, and return whether all keep the contract.
+
+    Where none is named: all losses, or with ``algorithms``, as which all names are then taken, all algorithms.
+    """
     import_all(imports)
     options = read_settings(settings)
     if options and len(names) != 1:
-        raise UsageError(f"-s sets an option of one loss, but {len(names) or 'no'} names are given: name one.")
+        raise UsageError(f"-s sets an option of one entry, but {len(names) or 'no'} names are given: name one.")
     for name in names:
-        _known_loss(name)
-    results = [contract_of(name, options) for name in names or LOSSES.names()]
+        if algorithms:
+            algorithm_entry(name)
+        else:
+            _known(name)
+    everything = list_algorithms() if algorithms else LOSSES.names()
+    results = []
+    for name in names or everything:
+        trained = algorithms or name not in LOSSES
+        results.append(proof_of(name, options) if trained else contract_of(name, options))
     if as_json:
         print(json.dumps(results, indent=2))
     elif len(names) == 1:
@@ -36,9 +48,20 @@ def show_contract(names: Sequence[str], settings: Sequence[str], imports: Iterab
 def contract_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """How each check of one loss went, by outcome: check and reason, of those that passed the check alone."""
     loss = create_loss(name, **options)
-    result: dict[str, Any] = {"name": loss.name, "options": dict(options)}
-    result |= {"passed": [], "failed": {}, "exceptions": {}, "not_applicable": {}}
-    for check in loss_checks(loss):
+    return _outcomes("loss", loss.name, options, loss_checks(loss))
+
+
+def proof_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of an algorithm; ``seen``: what a check that passed has to say."""
+    return _outcomes("algorithm", algorithm_entry(name).name, options, algorithm_checks(name, **options))
+
+
+def _outcomes(
+    kind: str, name: str, options: Mapping[str, Any], checks: Iterable[Check | AlgorithmCheck]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {"name": name, "kind": kind, "options": dict(options)}
+    result |= {"passed": [], "failed": {}, "exceptions": {}, "not_applicable": {}, "seen": {}}
+    for check in checks:
         try:
             outcome, _, reason = check().partition(": ")
         except ContractError as error:
@@ -46,6 +69,8 @@ def contract_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if outcome == "passed":
             result["passed"].append(check.name)
+            if reason:
+                result["seen"][check.name] = reason
         else:
             result["exceptions" if outcome == "exception" else "not_applicable"][check.name] = reason
     return result
@@ -80,22 +105,24 @@ def show_theory(names: Sequence[str], settings: Sequence[str], imports: Iterable
     return all(row["holds"] for row in rows)
 
 
-def _known_loss(name: str) -> None:
-    """Refuse what is no loss, with the reason where it is something else."""
-    if name in LOSSES:
+def _known(name: str) -> None:
+    """Refuse what is neither loss nor algorithm, with the reason where it is something else."""
+    if name in LOSSES or name in ALGORITHMS:
         return
-    kind = next((r.kind for r in (ALGORITHMS, *AROUND.values()) if name in r), None)
+    kind = next((r.kind for r in AROUND.values() if name in r), None)
     if kind == "modifier":
         raise UsageError(f"{name!r} is a modifier: it is checked with every loss that it applies to.")
     if kind is not None:
-        raise UsageError(f"{name!r} is no loss ({kind}), and the contract is that of losses; try --theory.")
-    LOSSES.entry(name)  # raises, with the nearest name
+        raise UsageError(
+            f"{name!r} is no loss ({kind}), and the contracts are those of losses and algorithms; try --theory."
+        )
+    algorithm_entry(name)  # raises, with the nearest name
 
 
 def _print_one(result: Mapping[str, Any]) -> None:
     shown = table("outcome", "", first="check")
     for name in result["passed"]:
-        shown.add_row(name, "passed", "")
+        shown.add_row(name, "passed", plain(result["seen"].get(name, "")))
     for outcome in ("exceptions", "not_applicable", "failed"):
         for name, reason in result[outcome].items():
             words = {"exceptions": "exception", "not_applicable": "not applicable", "failed": "FAILED"}[outcome]
@@ -104,9 +131,13 @@ def _print_one(result: Mapping[str, Any]) -> None:
 
 
 def _print_all(results: Sequence[Mapping[str, Any]]) -> None:
-    shown = table("passed", "failed", "exceptions", "not applicable", first="loss")
+    kinds = {result["kind"] for result in results}
+    first, many = ("entry", "entries") if len(kinds) > 1 else ("loss", "losses")
+    first, many = ("algorithm", "algorithms") if kinds == {"algorithm"} else (first, many)
+    shown = table("passed", "failed", "exceptions", "not applicable", first=first)
     for result in results:
-        exceptions = "\n".join(f"{check}: {reason}" for check, reason in result["exceptions"].items())
+        told = result["exceptions"] | {k: v for k, v in result["seen"].items() if k == "learns"}
+        exceptions = "\n".join(f"{check}: {reason}" for check, reason in told.items())
         counts = [str(len(result[key])) for key in ("passed", "failed", "not_applicable")]
         shown.add_row(result["name"], counts[0], counts[1] if result["failed"] else "", plain(exceptions), counts[2])
     wide_console().print(shown)
@@ -114,4 +145,4 @@ def _print_all(results: Sequence[Mapping[str, Any]]) -> None:
         for message in result["failed"].values():
             print(f"\n{message}")
     broken = sum(bool(result["failed"]) for result in results)
-    print(f"\n{len(results) - broken} of {len(results)} losses keep the contract")
+    print(f"\n{len(results) - broken} of {len(results)} {many} keep the contract")

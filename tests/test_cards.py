@@ -23,7 +23,7 @@ from prefzoo.losses.base import CREDITS, ESTIMATORS, LOSSES, MODIFIERS, LossEntr
 from prefzoo.parts.options import DOC
 from prefzoo.records import FAMILIES
 from prefzoo.registry import Entry, Registry
-from prefzoo.testing import CHECKS
+from prefzoo.testing import ALGORITHM_CHECKS, CHECKS
 from prefzoo.theory import Finding
 
 REGISTRIES = (LOSSES, MODIFIERS, CREDITS, ESTIMATORS)
@@ -327,6 +327,18 @@ def test_check_tells_how_every_check_went(command: Command) -> None:
     assert code == 0 and "prefers_chosen: not convex" in out and "2 of 2 losses keep the contract" in out
     code, out, _ = command("check", "sft")
     assert code == 0 and all(re.search(rf"^{name} +(passed|not applicable)", out, re.M) for name in CHECKS)
+
+
+def test_check_trains_algorithms(command: Command) -> None:
+    """What is no loss is checked as an algorithm, what is both where that is asked."""
+    code, out, _ = command("check", "reward_model")
+    assert code == 0 and re.search(r"^learns +passed +scores are the true rewards", out, re.M)
+    code, out, _ = command("check", "--algorithm", "sft", "--json")
+    (result,) = json.loads(out)
+    assert code == 0 and result["kind"] == "algorithm" and "ends at the policy" in result["seen"]["learns"]
+    assert sorted([*result["passed"], *result["not_applicable"]]) == sorted(ALGORITHM_CHECKS)
+    code, _, err = command("check", "--algorithm", "sftt")
+    assert code == 2 and "did you mean 'sft'" in err
 
 
 def test_check_of_everything_is_every_loss(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
