@@ -1,4 +1,4 @@
-"""``prefzoo check``: the contracts of losses and of algorithms, and what the laboratory finds, as tables and as JSON."""
+"""``prefzoo check``: the contracts of losses and algorithms, and what the laboratory finds, as tables and as JSON."""
 
 from __future__ import annotations
 
