@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +48,11 @@ def test_algorithm(name: str) -> None:
 def test_every_claim_is_about_an_algorithm() -> None:
     assert set(CLAIMS) - set(prefzoo.list_algorithms()) == set(), "algorithms that are gone"
     assert not set(CHECKS) & set(ALGORITHM_CHECKS), "a declared exception could mean either"
+
+
+def test_the_page_tells_every_check() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "checks.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.M) == [*ALGORITHM_CHECKS]
 
 
 # ------------------------------------------------------------------------------------------------ the model

@@ -286,6 +286,9 @@ CLAIMS: dict[str, Claim] = {
     "best_of_n": Claim(
         "the best of 4 samples, by order statistics", best_of(4), within=0.03, options={"n": 4}
     ),
+    "rest": replace(RISES, settings={"max_steps": 30, "learning_rate": 0.05}),  # it may settle on the second best
+    "csft": Claim("the distribution of the desirable answers", chosen, 0.05, options={}),
+    "quark": replace(RISES, share=0.3, options={"capacity": 256}, settings={"max_steps": 20}),
     "hpo": replace(RISES, share=0.3),
     "a2po": replace(OPTIMUM, options={"beta": BETA, "value_temperature": BETA, "value_samples": 7}, within=0.05),
     "entropy_bonus": Claim("the even policy", even),
@@ -340,7 +343,6 @@ CLAIMS: dict[str, Claim] = {
         RISES, reward=lambda world: [world.reward, world.rules], share=0.3, settings={"max_steps": 40},
         options={"inner_epochs": 1, "minibatches": 1},
     ),
-    "quark": replace(RISES, share=0.3, settings={"max_steps": 20}),
     "safe_rlhf": replace(
         RISES, reward=lambda world: [world.reward, world.cost], share=0.2, settings={"max_steps": 40},
         options={"inner_epochs": 1, "minibatches": 1},
