@@ -257,7 +257,7 @@ class Collector(Crew):
                 measured[f"objective:{k}"] = scores[:, k][~scores[:, k].isnan()]
                 add(f"reward/objective_{k}", measured[f"objective:{k}"])
         groups = scores_B.view(len(samples.prompts), -1)
-        if groups.shape[1] > 1:
+        if groups.shape[1] > 1 and (REWARD in self.stage.feedback.needs or bool(known_B.any())):
             known_P = (~groups.isnan()).sum(1)
             squares_P = (groups - groups.nanmean(1, keepdim=True)).square().nansum(1)
             add("reward_std", (squares_P / (known_P - 1).clamp(min=1)).sqrt()[known_P > 1])

@@ -162,16 +162,21 @@ class Crew:
         first = self.processes.rank * 2**20  # other random numbers than those of the other processes
         positions = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         room = np.flatnonzero(asked.prompts.lengths + sampling.max_new_tokens <= positions)
+        lengths, finish = np.zeros(len(rows), dtype=np.int64), torch.full((len(rows),), int(Finish.LENGTH))
+        nothing = np.zeros(0, dtype=np.int32)
+        written = Samples(
+            "completions", asked.prompts, Ragged(nothing, offsets_of(lengths)), np.arange(len(rows)),
+            columns={"finish": finish}, extra=asked.extra,
+        )  # fmt: skip
+        if not len(room):
+            return written
         with self._autocast():
             answers = self._writer(by).generate(asked.take(room), 1, sampling, seed, first + room)
         self.written += len(answers.completions.flat)
-        lengths = np.zeros(len(rows), dtype=np.int64)
         lengths[room] = answers.completions.lengths
-        finish = torch.full((len(rows),), int(Finish.LENGTH))
         finish[torch.from_numpy(room)] = answers.columns["finish"].long()
         return replace(
-            answers, prompts=asked.prompts, completions=Ragged(answers.completions.flat, offsets_of(lengths)),
-            prompt_B=np.arange(len(rows)), columns={"finish": finish}, extra=asked.extra,
+            written, completions=Ragged(answers.completions.flat, offsets_of(lengths)), tokens=answers.tokens
         )  # fmt: skip
 
     def answers(self, prompts: Sequence[Any], texts: Sequence[str | None]) -> Samples:
