@@ -12,11 +12,11 @@ from prefzoo.parts.source import DatasetRows
 from prefzoo.parts.winners import Choose, Filtered, Quantiles
 from prefzoo.registry import ABOVE_0, NotNegative, Share, UsageError
 
-BAD, GOOD = "<|bad|>", "<|good|>"
+LEVELS = ("<|worst|>", "<|bad|>", "<|fair|>", "<|good|>", "<|best|>")
 
 
 @register_algorithm(paper="arXiv:2302.08582", recommended={"learning_rate": 1e-5})
-def csft(*, words: tuple[str, ...] = (BAD, GOOD)) -> Algorithm:
+def csft(*, words: tuple[str, ...] = ("<|bad|>", "<|good|>")) -> Algorithm:
     """Conditional supervised fine-tuning: good and bad answers are learned alike, behind words that tell them apart.
 
         loss = - mean over tokens of log pi(y | c, x),   c = words[-1] where y is desirable, words[0] where it is not
@@ -51,7 +51,7 @@ def csft(*, words: tuple[str, ...] = (BAD, GOOD)) -> Algorithm:
 )  # fmt: skip
 def quark(
     *,
-    levels: Annotated[int, ABOVE_0] = 5,
+    words: tuple[str, ...] = LEVELS,
     kl: NotNegative = 0.05,
     capacity: Annotated[int, ABOVE_0] = 65_536,
     **rounds: Any,
@@ -62,7 +62,7 @@ def quark(
         loss = mean over tokens of D of - log pi(y_t | word_k, x) + kl KL(ref(. | x) || pi(. | word_k, x))
 
     Args:
-        levels: K quantiles, each with a word of its own: ``<|1|>`` ... ``<|K|>``, the best last.
+        words: one for each of K quantiles, the best last.
         kl: weight of the KL, per nat.
         capacity: samples that are kept, the oldest go first.
 
@@ -81,13 +81,13 @@ def quark(
 
         prefzoo.train("quark", model="my-model", dataset="prompts.jsonl", reward="runs/rm/final")
     """
-    words = tuple(f"<|{level + 1}|>" for level in range(levels))
+    words = tuple(words)
     terms = [Term(create_loss("sft"))]
     if kl:
         terms.append(Term(create_loss("kl_penalty", estimator="k3"), count="token", weight=kl))
     return Algorithm(
-        **in_rounds(rounds), replay=Replay(capacity), credit=Quantiles(levels), terms=tuple(terms),
-        condition=Condition(words, plain_steps=1), product=Prefix(words[-1]),
+        **in_rounds(rounds), replay=Replay(capacity), credit=Quantiles(len(words), advantages=kl > 0),
+        terms=tuple(terms), condition=Condition(words, plain_steps=1), product=Prefix(words[-1]),
     )  # fmt: skip
 
 

@@ -116,6 +116,9 @@ def test_wrong_words_and_levels_are_refused() -> None:
         LEVELS.of_rows(sampled([[1]], 2), ROLES)
     with pytest.raises(UsageError, match="bad or good"):
         LEVELS.of_rows(sampled([[1]], 2, desirable=[True, False]), ROLES)
+    alike: Any = SimpleNamespace(bos=1, step=0, encode=lambda word: np.array([4]))
+    with pytest.raises(UsageError, match="same tokens"):
+        LEVELS.best(sampled([[1]], 1).as_prompts(), alike)
     with pytest.raises(UsageError, match="have none"):
         LEVELS.of_rows(sampled([[1]], 2, score=[1.0, NAN]), ROLES)
 
@@ -184,7 +187,8 @@ def test_every_completion_of_a_prompt_is_imitated_once() -> None:
 
 
 def test_levels_come_with_an_advantage_of_one() -> None:
-    credited = Quantiles(2)(TWELVE, SCORES)
+    assert Quantiles(2).gives == "completions" and not Quantiles(2)(TWELVE, SCORES).tokens
+    credited = Quantiles(2, advantages=True)(TWELVE, SCORES)
     assert rows_of(credited) == [0, 1, 2, 3, 5, 6, 7]
     assert credited.columns["level"].tolist() == [0, 1, 0, 1, 0, 1, 1]
     assert credited.tokens["advantages"].tolist() == [1.0] * 14
@@ -273,8 +277,10 @@ def test_each_improve_step_of_rest_has_fewer_rows_of_higher_reward(trained: Trai
 
 
 def test_quark_samples_behind_the_best_word_and_trains_behind_each_its_own(trained: Trained) -> None:
-    run = prefzoo.train("quark", reward=letters, max_steps=3, levels=3, samples_per_prompt=4, prompts_per_round=4,
-                        rows_per_update=1000, capacity=40, **HOT)  # fmt: skip
+    run = prefzoo.train(
+        "quark", reward=letters, max_steps=3, words=("<|1|>", "<|2|>", "<|3|>"), samples_per_prompt=4,
+        prompts_per_round=4, rows_per_update=1000, capacity=40, **HOT,
+    )  # fmt: skip
     encode = lambda text: run.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     words = [encode(f"<|{level}|>") for level in (1, 2, 3)]
     bos = run.tokenizer.bos_token_id
@@ -320,8 +326,8 @@ def test_words_take_room_from_prompts() -> None:
     empty = len(words("").input_ids)
     rows = [{"prompt": "b" * (length - empty)} for length in (9, 10, 11, 12)]
     run = prefzoo.steps(
-        "quark", model=model, tokenizer=words, dataset=rows, reward=letters, max_new_tokens=8, max_steps=2, levels=2,
-        samples_per_prompt=2, prompts_per_round=2, quiet=True,
+        "quark", model=model, tokenizer=words, dataset=rows, reward=letters, max_new_tokens=8, max_steps=2,
+        words=("<|1|>", "<|2|>"), samples_per_prompt=2, prompts_per_round=2, quiet=True,
     )  # fmt: skip
     room = Condition(("<|1|>", "<|2|>")).room(words)
     assert run is not None and room == 5

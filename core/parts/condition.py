@@ -81,7 +81,13 @@ class Condition:
         return max(len(ids) for ids in tokenizer(list(self.words), add_special_tokens=False)["input_ids"])
 
     def _ids(self, roles: Roles) -> list[np.ndarray]:
-        return [roles.encode(word) for word in self.words]
+        ids = [roles.encode(word) for word in self.words]
+        if len({tuple(i) for i in ids}) < len(ids):
+            raise UsageError(
+                f"Condition: to this tokenizer some of the words {', '.join(self.words)} are the same tokens; choose "
+                "others, or add them (added_tokens=)."
+            )
+        return ids
 
 
 def put_before(prompts: Ragged, ids: np.ndarray, bos: int | None) -> Ragged:

@@ -130,12 +130,12 @@ class Distinct:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Each completion with the quantile of its score among all, column ``level``, for a :class:`Condition`; all of them
-    are to be made likelier alike, which as an advantage is 1."""
+    """Each completion with the quantile of its score among all, column ``level``, for a :class:`Condition`: all are to
+    be made likelier. ``advantages``: they have one too, 1, for a term on advantages beside the likelihood."""
 
     levels: int = 5
+    advantages: bool = False
 
-    gives = "advantages"
     needs: frozenset[str] = frozenset()
     smallest_group = 1
 
@@ -143,11 +143,15 @@ class Quantiles:
         if self.levels < 2:
             raise UsageError(f"Quantiles: there are at least two levels, got {self.levels}.")
 
+    @property
+    def gives(self) -> str:
+        return "advantages" if self.advantages else "completions"
+
     def __call__(self, samples: Samples, scores_B: Tensor) -> Samples:
         known = torch.nonzero(~scores_B.isnan())[:, 0]
         samples, scores_B = samples.take(known.numpy()), scores_B[known]
         samples = replace(samples, columns={**samples.columns, "level": quantile_levels(scores_B, self.levels)})
-        return per_token(samples, torch.ones(len(samples)))
+        return per_token(samples, torch.ones(len(samples))) if self.advantages else samples
 
 
 def dealt_in_order(numbers_B: Tensor, scores_B: Tensor, prompt_B: Tensor) -> Tensor:
