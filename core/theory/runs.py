@@ -331,7 +331,7 @@ CLAIMS: dict[str, Claim] = {
         ("process_reward", "process_reward_model"),
         Claim("the probability that the last step is right", lambda world, algorithm: world.win_rate(), 0.02),
     ),
-    "dr_grpo": replace(BEST, within=0.1),
+    "dr_grpo": replace(BEST, within=0.15),
     "rlaif": replace(
         OPTIMUM, options={"beta": BETA, "labels": "soft"}, within=0.05, reward=lambda world: world.judge
     ),
