@@ -566,7 +566,7 @@ class Engine(Collector):
                 total = term.counted.total(out.loss, mask_BT, record.weights)
                 losses.append((term, total, out.loss.detach()))
                 for metric, values in out.metrics.items():
-                    self.mine.add(metric, values, mask_BT)
+                    self.mine.add(metric, values, mask_BT, weight_B=record.weights)
                 if "ratio" in out.metrics:  # one token is enough to spoil a step, and no mean shows it
                     ratio_BT = out.metrics["ratio"]
                     self.mine.extreme("ratio/max", float(ratio_BT.max()))

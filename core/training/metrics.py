@@ -37,13 +37,26 @@ class Meter:
         self._sums: dict[str, list[float]] = {}
         self._extremes: dict[str, float] = {}
 
-    def add(self, name: str, values: Tensor | float, mask: Tensor | None = None, weight: int = 1) -> None:
-        """Values of rows (B,) or tokens (B, T), cells outside the mask do not count; or a mean of so many."""
+    def add(
+        self,
+        name: str,
+        values: Tensor | float,
+        mask: Tensor | None = None,
+        weight: float = 1,
+        weight_B: Tensor | None = None,
+    ) -> None:
+        """Values of rows (B,) or tokens (B, T), cells outside the mask do not count; or a mean of so many.
+
+        ``weight_B``: of the rows, as their losses are weighted.
+        """
         if isinstance(values, Tensor):
             values = values.detach().float()
+            counts = values.new_ones(values.shape)
+            if weight_B is not None and len(weight_B) == len(values):
+                counts = counts * weight_B.detach().float().view(-1, *[1] * (values.dim() - 1))
             if mask is not None and values.dim() == 2:
-                values = values[mask]
-            total, weight = float(values.sum()), values.numel()
+                values, counts = values[mask], counts[mask]
+            total, weight = float((counts * values).sum()), float(counts.sum())
         else:
             total = float(values) * weight
         entry = self._sums.setdefault(name, [0.0, 0.0])
