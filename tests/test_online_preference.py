@@ -544,6 +544,14 @@ def test_any_preference_loss_learns_online(loss: str, world: EnumerableWorld) ->
         assert world.gained(world.log_probs(policy)) > 0.05
 
 
+def test_soft_labels_are_logged_as_they_weigh(world: EnumerableWorld) -> None:
+    """Both orders of a pair have opposite margins: their mean says nothing, that by their weights does."""
+    options = {"soft_labels": "rewards", "beta": 0.5}
+    history = ended(world, "online_dpo", options, max_steps=20, logging_steps=1).run.history
+    margins = [line["rewards/margins"] for line in history if "rewards/margins" in line]
+    assert margins[0] == 0 and margins[-1] > 0.05
+
+
 MISFITS = {
     "a group of one": ("online_dpo", {"group_size": 1}, "at least 2, got 1"),
     "a round for a loss without reference": (
