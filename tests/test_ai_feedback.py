@@ -19,7 +19,7 @@ from prefzoo.data.samples import Ragged, Samples
 from prefzoo.feedback import Judge, Rules
 from prefzoo.feedback.rewards import resolve_reward
 from prefzoo.losses import advantages
-from prefzoo.models.load import learn_tokenizer, tiny_model
+from prefzoo.models.load import end_ids, learn_tokenizer, tiny_model
 from prefzoo.parts.controllers import FixedKL
 from prefzoo.parts.critics import GAE
 from prefzoo.parts.judged import AILabels, Judged, RuleRewards
@@ -30,12 +30,20 @@ from prefzoo.registry import UsageError
 from prefzoo.theory.enumerable_lm import PROMPTS, RESPONSES, EnumerableWorld
 
 NAN = math.nan
+ASKED = [{"prompt": f"{a} and {b}:"} for a in "abcd" for b in "efgh"]
+TEMPLATE = {"chat_template": "chatml"}
 PLACE = {response: i for i, response in enumerate(RESPONSES)}
 
 
 @pytest.fixture(scope="module")
 def world() -> EnumerableWorld:
     return EnumerableWorld.make()
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A tokenizer of these requests."""
+    return learn_tokenizer([row["prompt"] for row in ASKED] + list("abcdefgh"))
 
 
 def sized(algorithm: Algorithm, samples: int = 128) -> Algorithm:
@@ -262,6 +270,9 @@ def best(prompts, completions, principles):
 def letters(prompts, completions, principles):
     return ["".join(sorted(p)) for p in prompts]
 
+def ab(prompts, completions, principles):
+    return ["ab"] * len(prompts)
+
 def short(prompts, completions, principles):
     return ["cA"]
 """
@@ -295,6 +306,39 @@ def test_critiques_and_revisions_are_charged_to_the_run(world):
     assert all(0 < row["revisions/changed"] <= 1 and "reward_missing" not in row for row in run.history)
 
 
+def test_what_leaves_no_room_for_a_critique_is_told(words, capsys):
+    """The model has room for an answer, and none for the request to find its faults."""
+    algorithm = create_algorithm("constitutional", prompts_per_step=2, max_new_tokens=40)
+    settings = {"dataset": ASKED, "max_steps": 1, "warmup_steps": 0, "logging_steps": 1, "device": "cpu"}
+    run = prefzoo.train(first_stage(algorithm), model=tiny_model(words, positions=64), tokenizer=words, **settings)
+    assert run.history[0]["revisions/none"] == 1 and run.spent.trained_tokens == 0
+    assert "Nothing was revised" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_a_reviser_answers_texts_and_messages_with_an_end(messages, words, reviser):
+    """What a function has written ends as demonstrations do, so the policy learns to end."""
+    prompt = lambda text: [{"role": "user", "content": text}] if messages else text  # noqa: E731
+    algorithm = create_algorithm("constitutional", reviser=f"{reviser}:ab", prompts_per_step=2, max_new_tokens=4)
+    steps = prefzoo.steps(
+        first_stage(algorithm), model=tiny_model(words), tokenizer=words, quiet=True, max_steps=1, device="cpu",
+        dataset=[{"prompt": prompt(row["prompt"])} for row in ASKED], **(TEMPLATE if messages else {}),
+    )  # fmt: skip
+    seen, sample = [], steps.algorithm.stages[0].feedback.revise
+
+    def watched(feedback, samples, roles):
+        seen.append((sample(samples, roles), roles.tokenizer))
+        return seen[0][0]
+
+    with pytest.MonkeyPatch.context() as patch, steps.stopping, steps:
+        patch.setattr(Revised, "revise", watched)
+        list(steps)
+    made, tokenizer = seen[0]
+    for b in range(len(made.completions)):
+        ids = made.completions[b].tolist()
+        assert tokenizer.decode(ids, skip_special_tokens=True) == "ab" and ids[-1] in end_ids(tokenizer), ids
+
+
 # ------------------------------------------------------------------------------------------------ stages that go on
 
 
@@ -304,19 +348,12 @@ def bits(folder: Path) -> list[Any]:
     return [*[{k: v for k, v in row.items() if k != "time"} for row in rows], *[f.read_bytes() for f in files]]
 
 
-ASKED = [{"prompt": f"{a} and {b}:"} for a in "abcd" for b in "efgh"]
 EACH = {"prompts_per_step": 4, "max_new_tokens": 4}
 
 
 def more_letters(prompts, first, second):
     ahead = [len(set(a)) - len(set(b)) for a, b in zip(first, second, strict=True)]
     return [0.5 + 0.4 * ((gap > 0) - (gap < 0)) for gap in ahead]
-
-
-@pytest.fixture(scope="module")
-def words():
-    """A tokenizer of these requests."""
-    return learn_tokenizer([row["prompt"] for row in ASKED] + list("abcdefgh"))
 
 
 @pytest.fixture(scope="module")

@@ -284,6 +284,7 @@ class Monitor:
 
 # What may leave a batch without gradient, by its metric where that is 1, in the order in which it is told.
 REASONS = {
+    "revisions/none": "nothing was revised: a request for it leaves no room in the model's positions, or has no answer",
     "prompts/tied": "all samples of each prompt have equal scores",
     "frac_reward_zero_std": "all samples of each prompt have the same reward",
     "prompts/unused": "no prompt gave a row",
