@@ -120,7 +120,7 @@ def draw(folder: Path, names: Sequence[str]) -> None:
         )
         for axis, panel in zip(axes[0], panels, strict=True):
             _draw_panel(axis, rows, line, *panel)
-        axes[0][0].legend(fontsize=7.5, frameon=False, loc="best")
+        axes[0][-1].legend(fontsize=7.5, frameon=False, loc="lower right")
         figure.suptitle(f"{name}: reward against KL along training", fontsize=11)
         with replacing_file(folder / f"{name}.png") as aside:
             figure.savefig(aside, dpi=130, format="png")
