@@ -115,7 +115,7 @@ def nash_md(*, kl: NotNegative = 0.008, mixture: float = 0.125, tau: Positive = 
     Convention: one step on each batch, as in the paper's policy gradient. b = 0.125 is best there; TRL had 0.5 and
     kl = 0.1. A completion without a judgement has no gradient; it counts as a row.
 
-    Source: Munos et al., Nash Learning from Human Feedback, arXiv:2312.00886, section 7.
+    Source: Munos et al., Nash Learning from Human Feedback, arXiv:2312.00886.
 
     Example::
 

@@ -308,7 +308,7 @@ def sppo(batch: Ranked, *, beta: Positive = 0.001) -> LossOut:
     Known failure: at the default beta a tenth of win probability is 100 nats, so learning rate and number of steps set
     how far it moves. Scores that are no probabilities make targets without a meaning.
 
-    Source: Wu et al., Self-Play Preference Optimization for Language Model Alignment, arXiv:2405.00675, equation 4.8.
+    Source: Wu et al., Self-Play Preference Optimization for Language Model Alignment, arXiv:2405.00675, algorithm 1.
 
     >>> batch = Ranked(
     ...     logps_PKT=torch.tensor([[[-1.0], [-2.0]]]), ref_logps_PKT=torch.full((1, 2, 1), -2.0),

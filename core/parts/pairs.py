@@ -163,7 +163,7 @@ class Matches(_Comparison):
     ``tournament``: the winners meet again, until one is left: K - 1 pairs instead of K / 2. Of a draw there is no
     pair, and the first goes on; who has no partner goes on too.
 
-    Source: first-round and tournament ranking of Liu et al. (RSO), arXiv:2309.06657, section 3.3.
+    Source: first-round and tournament ranking of Liu et al. (RSO), arXiv:2309.06657.
     """
 
     tournament: bool = False
@@ -318,7 +318,7 @@ class RejectionSampled:
 
     The random numbers are a hash of the candidates themselves: the same candidates, the same choice.
 
-    Source: Liu et al. (RSO), arXiv:2309.06657, algorithm 1.
+    Source: Liu et al. (RSO), arXiv:2309.06657.
     """
 
     beta: float = 0.5
