@@ -278,6 +278,8 @@ def replication() -> Suite:
 # Where a default is absurd for models of this size, or for what this world measures, and no more: everything else is
 # as the papers have it. docs/zoo.md says why.
 ZOO: dict[str, dict[str, Any]] = {
+    "csft": {"options": {"words": ("ugh", "lovely")}},
+    "quark": {"options": {"words": ("ugh", "whatever", "fine", "certainly", "lovely")}},
     "safe_rlhf": {"options": {"budget": 0.1}},
     "rbr": {"options": {"rl": "ppo(max_new_tokens=44, group_size=8)"}},
 }
