@@ -111,6 +111,7 @@ CASES: dict[str, tuple[str | Callable[[], Algorithm], dict[str, Any]]] = {
     # Samplers beside the policy, the data's own answers, prompts sampled anew, a reference of each round.
     "dapo": ("dapo", SAMPLED | EVAL | {"group_size": 3, "minibatches": 1, "resamplings": 2}),
     "remax": ("remax", SAMPLED | EVAL),
+    "trpo": ("trpo", SAMPLED | {"group_size": 3}),
     "xpo": ("xpo", SAMPLED | {"group_size": 2}),
     "nash_md": ("nash_md", SAMPLED),
     "spin": ("spin", {k: v for k, v in SAMPLED.items() if k not in ("prompts_per_step", "reward")} | {
