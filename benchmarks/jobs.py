@@ -331,13 +331,14 @@ def _finish(
     if facts is not None:  # whoever had the lock has done it
         return facts, None
     module, _, function = call.partition(":")
-    started = time.monotonic()
+    started, worked = time.monotonic(), time.process_time()
     _reset_peak_memory()
     try:
         shutil.rmtree(failed, ignore_errors=True)
         aside.mkdir(parents=True, exist_ok=True)
         facts = getattr(importlib.import_module(module), function)(params, inputs, aside)
-        facts = {**facts, "seconds": time.monotonic() - started, "peak_memory": _peak_memory()}
+        took = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - worked}
+        facts = {**facts, **took, "peak_memory": _peak_memory()}
         (aside / "facts.json").write_text(json.dumps(facts, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)

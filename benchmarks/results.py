@@ -103,6 +103,7 @@ def collect(suite: Suite, plan: Plan, outcomes: Mapping[str, Outcome], folder: P
         "test_prompts": suite.test_prompts,
         "samples": suite.samples,
         "verdicts": suite.verdicts,
+        "cpu_seconds": sum((o.facts or {}).get("cpu_seconds", 0.0) for o in outcomes.values()),
         "tasks": tasks,
     }
 

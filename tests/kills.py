@@ -186,6 +186,7 @@ def ends(out: Path) -> dict[str, Any]:
 MOODY = (
     "time",
     "seconds",
+    "cpu_seconds",
     "state.json",
     "README.md",
     "metrics.jsonl",

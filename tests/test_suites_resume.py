@@ -529,7 +529,7 @@ def contents(out: Path) -> dict[str, Any]:
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
-            moody = ("seconds", "wall_seconds", "peak_memory", "time", "tokens_per_second", "reused")
+            moody = ("seconds", "cpu_seconds", "wall_seconds", "peak_memory", "time", "tokens_per_second", "reused")
             return {k: timeless(v) for k, v in value.items() if k not in moody}
         return [timeless(v) for v in value] if isinstance(value, list) else value
 
