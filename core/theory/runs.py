@@ -244,8 +244,9 @@ RISES = Claim("more reward")
 TAUGHT = Claim("the teacher", demonstrations, 0.03, options={})
 CONSTANT = {"learning_rate": 0.1, "schedule": "constant"}
 BEST = Claim("the best response", best_response, within=0.05, settings=CONSTANT)
+QUICKLY = {"inner_epochs": 1, "minibatches": 1}
 WITH_CRITIC = replace(
-    OPTIMUM, within=0.04, options={"kl": BETA, "inner_epochs": 1, "minibatches": 1},
+    OPTIMUM, within=0.04, options={"kl": BETA, **QUICKLY},
     words="the KL-regularised optimum ref exp(r/β), but for the bias of λ and of a critic that learns",
 )  # fmt: skip
 SCORES = Claim("the true rewards of Bradley-Terry labels", truth, within=0.02)
@@ -278,8 +279,8 @@ CLAIMS: dict[str, Claim] = {
     "trpo": replace(OPTIMUM, options={"kl": BETA}, within=0.06, settings={"max_steps": 30}),  # steps of one size
     "ppo": WITH_CRITIC,
     "ma_ppo": replace(WITH_CRITIC, options={**WITH_CRITIC.options, "value": "first", "temperature": 1.0}),
-    "ppo_max": replace(RISES, share=0.3),  # rewards in units of their own deviation
-    "nlpo": replace(RISES, share=0.3),  # its KL is to its own past
+    "ppo_max": replace(RISES, share=0.3, options=QUICKLY, settings={"max_steps": 50}),  # rewards / deviation
+    "nlpo": replace(RISES, share=0.3, options=QUICKLY, settings={"max_steps": 50}),  # its KL is to its own past
     "kl_penalty": Claim(
         "the reference", demonstrations, options={}, settings={"reference": lambda world: world.teacher}
     ),
@@ -341,11 +342,11 @@ CLAIMS: dict[str, Claim] = {
     ),
     "rbr": replace(
         RISES, reward=lambda world: [world.reward, world.rules], share=0.3, settings={"max_steps": 40},
-        options={"inner_epochs": 1, "minibatches": 1},
+        options=QUICKLY,
     ),
     "safe_rlhf": replace(
         RISES, reward=lambda world: [world.reward, world.cost], share=0.2, settings={"max_steps": 40},
-        options={"inner_epochs": 1, "minibatches": 1},
+        options=QUICKLY,
     ),
 }  # fmt: skip
 
