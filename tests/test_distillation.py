@@ -185,6 +185,7 @@ def divergence(model: Any, teacher: Any, words: PreTrainedTokenizerBase) -> floa
     return run.history[0]["loss"]
 
 
+@pytest.mark.long  # on the enumerable model check_algorithm proves it, at once
 @pytest.mark.parametrize(("name", "options"), [
     ("forward_kl", OF_DATA), ("reverse_kl", OF_DATA), ("gkd", {**SAMPLED, "on_policy": 0.5}),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
@@ -196,6 +197,7 @@ def test_the_policy_comes_nearer_to_the_teacher(
     assert after < 0.7 * before, (before, after)
 
 
+@pytest.mark.long
 def test_minillm_lowers_the_reverse_kl_of_its_own_answers(
     student: Any, learned: Any, words: PreTrainedTokenizerBase
 ) -> None:
@@ -237,6 +239,7 @@ def mean_length(words: PreTrainedTokenizerBase) -> float:
     return sum(len(words(row["completion"])["input_ids"]) for row in TEXTS) / len(TEXTS)
 
 
+@pytest.mark.long
 def test_the_policy_learns_to_write_what_the_teacher_wrote(
     student: Any, learned: Any, words: PreTrainedTokenizerBase
 ) -> None:

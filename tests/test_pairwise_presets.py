@@ -149,7 +149,8 @@ def test_an_evaluation_does_not_move_the_shift(fit: Fit) -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), [
-    ("bco", {}), ("bema_dpo", {"every": 1}), ("tr_dpo", {"alpha": 1.0, "every": 2, "lora": True}),
+    ("bco", {}), ("bema_dpo", {"every": 1}),
+    pytest.param("tr_dpo", {"alpha": 1.0, "every": 2, "lora": True}, marks=pytest.mark.long),
 ], ids=str)  # fmt: skip
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     name: str, options: dict[str, Any], fit: Fit, tmp_path: Path
