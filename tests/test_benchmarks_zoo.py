@@ -212,10 +212,14 @@ def test_the_rows_of_all_kinds_are_the_same_answers(finished: SimpleNamespace) -
         [json.loads(line) for line in (folder / f"{n}.jsonl").read_text().splitlines()]
         for n in ("data", "rankings", "unpaired")
     )
+    world = prefzoo.worlds.make("requests", seed=0)
     rated = {(r["prompt"], c): s for r in rankings for c, s in zip(r["completions"], r["scores"], strict=True)}
     for pair in pairs:
         assert pair["margin"] == pytest.approx(pair["score_chosen"] - pair["score_rejected"]) and pair["margin"] > 0
-        assert rated[pair["prompt"], pair["chosen"]] == pair["score_chosen"] and 0 < pair["probability"] < 1
+        assert rated[pair["prompt"], pair["chosen"]] == pair["score_chosen"]
+        better, worse = (world.utility(pair["request"], pair[side], True) for side in ("chosen", "rejected"))
+        chance = 1 / (1 + math.exp((worse - better) / world.temperature))
+        assert pair["probability"] == pytest.approx(chance)
     assert len(sides) == 2 * len(pairs) and sum(s["label"] for s in sides) == len(pairs)
     assert {(s["prompt"], s["completion"], s["score"]) for s in sides} <= {(*k, v) for k, v in rated.items()}
 
