@@ -237,7 +237,6 @@ class LoopEngine:
         keys_P: np.ndarray | None = None,
         *,
         decoder: Decoder | None = None,
-        **mixture: Any,
     ) -> Samples:
         """``n`` completions of each prompt, prompt by prompt.
 
@@ -245,11 +244,8 @@ class LoopEngine:
         ``keys_P`` defaults to the prompt's position. Columns: ``finish`` (:class:`Finish`), token column
         ``old_logps``: log-probabilities under the distribution that was sampled from (after the decoder, temperature
         and top-p; at temperature 0 under the model's own distribution, or what the decoder makes of it). The EOS token
-        is part of a finished completion. ``mixture``: ``other=``, ``blend=``, ``mask_top_p=``, for
-        ``decoder=Mixture(...)``.
+        is part of a finished completion.
         """
-        if mixture:
-            decoder = Mixture(**mixture)
         readers: list[Reader] = [self.policy]
         if decoder is not None and decoder.other is not None:
             readers.append(decoder.other)

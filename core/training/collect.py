@@ -20,7 +20,7 @@ from prefzoo.parts.roles import REFERENCE, REWARD, TEACHER, critic_of_role, of_c
 from prefzoo.parts.source import Rollouts
 from prefzoo.processes import ALONE
 from prefzoo.registry import UsageError
-from prefzoo.rollout import Finish, LoopEngine, Sampling, rollout_engine
+from prefzoo.rollout import Finish, LoopEngine, Mixture, Sampling, rollout_engine
 from prefzoo.seeds import derive_seed, generator
 from prefzoo.training.crew import Crew
 from prefzoo.training.metrics import Meter, RunLog
@@ -163,8 +163,9 @@ class Collector(Crew):
         """The completions of all samplers, prompt by prompt; of a step that does not sample, those of the data."""
         if not samples_now(source, seed):
             return self._demonstrated(prompts, rows)
-        masked = {} if source.mask_top_p is None else {"other": self.reference, "mask_top_p": source.mask_top_p}
-        main = self._writer(source.by).generate(prompts, source.group_size, source.sampling, seed, keys, **masked)
+        masked = self._mixture(mask_top_p=source.mask_top_p)
+        writer = self._writer(source.by)
+        main = writer.generate(prompts, source.group_size, source.sampling, seed, keys, decoder=masked)
         if not source.beside:
             return main
         parts = [main]
@@ -174,10 +175,18 @@ class Collector(Crew):
                 continue
             temperature = source.temperature if sampler.temperature is None else sampler.temperature
             sampling = Sampling(temperature, source.top_p, source.max_new_tokens)
-            blended = {} if not sampler.blend else {"other": self.reference, "blend": sampler.blend}
+            blended = self._mixture(sampler.blend)
             own = derive_seed(seed, "beside", number)
-            parts.append(self._writer(sampler.role).generate(prompts, sampler.count, sampling, own, keys, **blended))
+            writer = self._writer(sampler.role)
+            parts.append(writer.generate(prompts, sampler.count, sampling, own, keys, decoder=blended))
         return side_by_side(parts)
+
+    def _mixture(self, blend: float = 0.0, mask_top_p: float | None = None) -> Mixture | None:
+        """Sampling with the reference reading along; None: where nothing asks for it."""
+        if not blend and mask_top_p is None:
+            return None
+        assert self.reference is not None
+        return Mixture(self.reference, blend, mask_top_p)
 
     def _writer(self, role: str) -> LoopEngine:
         """Who samples for a role."""
