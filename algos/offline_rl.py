@@ -102,7 +102,7 @@ def awr(
 def hpo(
     *,
     beta: Positive = 0.1,
-    weight: NotNegative = 1.0,
+    weight: NotNegative = 0.01,
     temperature: Positive = 1.0,
     cap: Positive = 20.0,
     baseline: Baseline = "prompt",
@@ -114,7 +114,8 @@ def hpo(
 
     Args:
         beta: of KTO: strength of the pull to the reference, per nat.
-        weight: of the auxiliary part.
+        weight: of the auxiliary part. It is a sum over an answer's tokens, so 1 would leave KTO's, which is below 1, no
+            say; 0.01 is ours.
         temperature: of the weights exp(A / temperature), in units of A.
         cap: largest weight.
         baseline, standardise: of A, as in ``awr``: V is what the auxiliary score was to be expected to be.

@@ -253,3 +253,7 @@ def test_the_policy_learns_to_write_what_the_teacher_wrote(
 def test_who_has_no_teacher_is_told_which_would_do(student: Any, words: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UsageError, match="needs a teacher: give teacher=, a model with the policy's tokenizer"):
         fit("gkd", student, None, words, max_steps=1, **SAMPLED)
+    small = tiny_model(words, seed=1)
+    small.resize_token_embeddings(200, mean_resizing=False)
+    with pytest.raises(UsageError, match=r"200 entries.* let it write answers \(prefzoo generate\)"):
+        fit("gkd", student, small, words, max_steps=1, **SAMPLED)

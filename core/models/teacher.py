@@ -11,6 +11,8 @@ from prefzoo.models.roles import Policy, Scores
 from prefzoo.models.tree import TreeBatch
 from prefzoo.registry import UsageError
 
+OTHER_TEACHER = "; or let it write answers (prefzoo generate) and learn from their text with sft"
+
 
 @torch.no_grad()
 def with_teacher(scores: Scores, teacher: Policy, tree: TreeBatch) -> Scores:
@@ -32,6 +34,5 @@ def check_vocabulary(policy: Policy, teacher: Policy, tokenizer: PreTrainedToken
     if min(sizes) < len(tokenizer):
         raise UsageError(
             f"teacher: its vocabulary has {sizes[1]} entries, the tokenizer {len(tokenizer)}; distributions over "
-            "different vocabularies cannot be compared. Give a teacher with the policy's tokenizer; or let it write a "
-            "file of answers (prefzoo generate) and learn from their text with sft."
+            f"different vocabularies cannot be compared. Give a teacher with the policy's tokenizer{OTHER_TEACHER}."
         )

@@ -36,7 +36,7 @@ from prefzoo.models.load import (
 )  # fmt: skip
 from prefzoo.models.reference import cached_logps, follower, reference_of, weights_hash
 from prefzoo.models.roles import Policy, Scorer
-from prefzoo.models.teacher import check_vocabulary
+from prefzoo.models.teacher import OTHER_TEACHER, check_vocabulary
 from prefzoo.models.tokenizer import open_tokenizer, same_tokens
 from prefzoo.parts.feedback import Verifier
 from prefzoo.parts.reference import Moving
@@ -227,11 +227,11 @@ def anchor(
     if isinstance(reference, str | Path) and not same_tokens(open_tokenizer(reference), tokenizer):
         raise UsageError(
             f"{role} {str(reference)!r}: its tokenizer has other ids than the policy's, so it would score other "
-            "words; give a model with the same tokenizer."
+            f"words; give a model with the same tokenizer{OTHER_TEACHER if role == TEACHER else ''}."
         )
     policy = load_policy(
         reference, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code,
-        tokenizer=tokenizer, note=note,
+        tokenizer=None if role == TEACHER else tokenizer, note=note,  # new rows would teach nothing
     )  # fmt: skip
     policy.fp32_head = settings.fp32_head
     return policy.requires_grad_(False)
