@@ -181,7 +181,7 @@ def _record(algorithm: Algorithm) -> dict[str, Any]:
     spelled = with_stages(
         algorithm, lambda s: replace(s, terms=tuple(replace(t, loss=said(t.loss)) for t in s.terms))
     )  # fmt: skip
-    record = json.loads(json.dumps(describe(spelled, TrainConfig(), None, None, {})))
+    record = json.loads(json.dumps(describe(spelled, TrainConfig.of(), None, None, {})))
     return record | {"parts": record["fingerprints"]["composition"]}  # type: ignore[no-any-return]
 
 
@@ -454,7 +454,8 @@ def wrong_data(subject: Subject) -> str | None:
     able = can_become(wanted)
     kind = next((kind for kind in ("prompt", "prompt_completion", "unpaired") if kind not in able), None)
     if kind is None:
-        rows, hints = [{"question": "p", "reply": "a"}], [wanted.split("_")[0]]
+        rows: list[dict[str, Any]] = [{"question": "p", "reply": "a"}]
+        hints = [wanted.split("_")[0]]
     else:
         rows = [{"prompt": "p", "completion": "a", "label": True}, {"prompt": "q", "completion": "b", "label": False}]
         columns = {"prompt": ("prompt",), "prompt_completion": ("prompt", "completion"), "unpaired": tuple(rows[0])}

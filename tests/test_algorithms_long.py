@@ -38,7 +38,8 @@ pytestmark = pytest.mark.long
 
 FAMILIES = ("dpo", "clipped_surrogate", "apo_zero_unpaired", "pl_dpo", "bradley_terry", "plackett_luce",
             "reward_regression", "weighted_sft", "forward_kl")  # fmt: skip
-NAMES = sorted({*FAMILIES, *ALGORITHMS.names()})
+ELSEWHERE = {"quark", "constitutional"}  # their words are none of a world; proved in test_algorithms.py
+NAMES = sorted({*FAMILIES, *ALGORITHMS.names()} - ELSEWHERE)
 PROMPTS, ANSWERS, LENGTH, SHOWN = 12, 8, 24, 16
 SETTINGS: dict[str, Any] = {
     "warmup_steps": 2, "schedule": "constant", "logging_steps": 1000, "quiet": True, "learning_rate": 1e-3,
@@ -46,7 +47,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 OFFLINE = {"rows_per_step": 64}
 # What shows in so few steps, where the defaults do not.
-OPTIONS: dict[str, dict[str, Any]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {"csft": {"words": ("tape . ", "hat . ")}}
 OTHER: dict[str, dict[str, Any]] = {}  # settings
 RISE = 0.5  # of gold points, of 10
 

@@ -19,7 +19,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -346,11 +346,12 @@ class EnumerableWorld:
             weighted: False: without weights; every pair once, the better response chosen.
             beta: of completions, which demonstrate the policy ref exp(r / beta).
         """
-        made = {
+        makers: dict[Kind, Callable[[], list[Row]]] = {
             "prompts": self._prompts, "pairs": self._pairs, "unpaired": self._unpaired, "rankings": self._rankings,
             "scored": self._scored, "completions": functools.partial(self._completions, beta=beta),
             "steps": self._steps,
-        }[kind]()  # fmt: skip
+        }  # fmt: skip
+        made = makers[kind]()
         keep = {"weight"} if weighted else set[str]()
         drop = {"margin", "probability", "weight"} - keep - set(columns)
         if kind == "pairs" and not weighted:

@@ -281,6 +281,7 @@ CLAIMS: dict[str, Claim] = {
     "ma_ppo": replace(WITH_CRITIC, options={**WITH_CRITIC.options, "value": "first", "temperature": 1.0}),
     "ppo_max": replace(RISES, share=0.3, options=QUICKLY, settings={"max_steps": 50}),  # rewards / deviation
     "nlpo": replace(RISES, share=0.3, options=QUICKLY, settings={"max_steps": 50}),  # its KL is to its own past
+    **dict.fromkeys(("dapo", "cispo", "gmpo"), replace(BEST, options={"minibatches": 2}, settings={"max_steps": 60})),
     "kl_penalty": Claim(
         "the reference", demonstrations, options={}, settings={"reference": lambda world: world.teacher}
     ),
@@ -468,7 +469,7 @@ def fit(world: EnumerableWorld, algorithm: Algorithm, claim: Claim, **settings: 
     data = world.rows_for(algorithm) if rows is None else rows
     steps = training.Steps(algorithm, model=world.start, tokenizer=world.words, dataset=data, **arguments)
     engines, notes = dict[int, Engine](), list[str]()
-    steps.log.note = notes.append  # type: ignore[method-assign]
+    steps.log.note = notes.append  # type: ignore[method-assign, assignment]
     with steps.stopping, steps:
         for step in steps:
             if steps.engine is not None:
