@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -344,6 +345,34 @@ def test_feedme_trains_on_the_highest_rated_and_on_demonstrations(trained: Train
     (batch,) = trained.batches
     assert 16 <= len(batch) < 64
     assert run.spent.trained_tokens > len(batch.completions.flat)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "options"), [
+    ("rest", {"thresholds": (0.0, 0.5, 0.8)}), ("quark", {"words": ("<|1|>", "<|2|>"), "capacity": 24}),
+])  # fmt: skip
+def test_a_run_that_is_stopped_between_two_passes_goes_on_to_the_same_bits(
+    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**HOT, **options, "reward": letters, "samples_per_prompt": 4, "prompts_per_round": 4, "max_steps": 3,
+               "rows_per_update": 6, "epochs_per_round": 2}  # fmt: skip
+    whole = prefzoo.train(name, output_dir=tmp_path / "whole", **options)
+    step, taken = Engine._optimizer_step, [0]
+
+    def breaking(engine: Engine, *rest: Any) -> Any:
+        taken[0] += 1
+        if taken[0] == whole.spent.optimizer_steps // 2 + 1:
+            raise KeyError("somebody's own error")
+        return step(engine, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(Engine, "_optimizer_step", breaking)
+        prefzoo.train(name, output_dir=tmp_path / "run", **options)
+    going_on = prefzoo.train(name, output_dir=tmp_path / "run", resume=True, **options)
+    weights = [torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in (whole, going_on)]
+    assert torch.equal(*weights)
+    assert going_on.spent.optimizer_steps == whole.spent.optimizer_steps
+    assert going_on.spent.generated_tokens == whole.spent.generated_tokens, "nothing is sampled again"
 
 
 def test_ids_go_behind_the_first_token_of_a_text() -> None:
