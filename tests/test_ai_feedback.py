@@ -221,6 +221,7 @@ def test_each_round_revises_what_the_round_before_has_made():
     assert all("77" in prompt for prompt in scribe.asked[1][2]), "the critique stands in the request for a revision"
     last = Revised(rounds=2, keep="last").revise(samples, Scribe(answer))
     assert [last.completions[b].tolist() for b in range(2)] == [[1, 2, 9, 9], [3, 9, 9]]
+    assert "old_logps" not in last.tokens
 
 
 @pytest.mark.parametrize("silent", ["critique", "revision"])
@@ -398,13 +399,13 @@ def test_what_is_written_in_the_end_is_a_policy_that_writes(staged):
     assert not (staged.folder / "whole" / "final" / "prefzoo_reward.json").exists()
 
 
-def test_stages_draw_samples_of_their_own(staged):
-    rows = [json.loads(line) for line in (staged.folder / "whole" / "samples.jsonl").read_text().splitlines()]
-    assert len({row["completion"] for row in rows}) > 1
-    first = [row for row in rows if row["step"] == 1]
-    thirds = len(first) // 3
-    shown = [[(r["prompt"], r["completion"]) for r in first[k * thirds : (k + 1) * thirds]] for k in range(3)]
-    assert shown[1] != shown[2], "the same policy, but other samples than the reward model was trained on"
+def test_stages_draw_samples_of_their_own(staged, tmp_path):
+    """The policy of both stages is the start, but its answers are not those that the reward model was trained on."""
+    algorithm = create_algorithm("canonical_rlaif", rl="rloo(group_size=2)", **EACH)
+    prefzoo.train(algorithm, output_dir=tmp_path, **{**staged.settings, "max_steps": 1, "log_completions": 8})
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    first, second = ({(row["prompt"], row["completion"]) for row in part} for part in (rows[:8], rows[8:]))
+    assert len(rows) == 16 and not first & second
 
 
 def test_a_run_that_is_ended_while_it_learns_a_reward_gives_its_policy(staged, tmp_path):
@@ -416,6 +417,16 @@ def test_a_run_that_is_ended_while_it_learns_a_reward_gives_its_policy(staged, t
     assert ended.policy is not None and ended.scorer is None
     policy, _ = prefzoo.training.load_run_policy(tmp_path)
     assert policy is not None
+
+
+def test_an_evaluation_by_a_judge_is_against_the_start(staged):
+    """Answers of one policy win half of the time against each other, so that would say nothing."""
+    settings = {k: v for k, v in staged.settings.items() if k != "save_steps"}
+    held_out = [{"prompt": f"{a} and {a}:"} for a in "abcdefg"]
+    algorithm = create_algorithm("rlaif", **EACH)
+    run = prefzoo.train(algorithm, **{**settings, "max_steps": 1, "eval_dataset": held_out})
+    for row in (r for r in run.history if "eval/reward" in r):
+        assert row["eval/reward"] + row["eval/reward/sampler_1"] == pytest.approx(1)
 
 
 def test_patience_ends_a_stage_and_a_callback_the_run(staged):
