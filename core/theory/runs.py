@@ -281,7 +281,9 @@ CLAIMS: dict[str, Claim] = {
     "ma_ppo": replace(WITH_CRITIC, options={**WITH_CRITIC.options, "value": "first", "temperature": 1.0}),
     "ppo_max": replace(RISES, share=0.3, options=QUICKLY, settings={"max_steps": 50}),  # rewards / deviation
     "nlpo": replace(RISES, share=0.3, options=QUICKLY, settings={"max_steps": 50}),  # its KL is to its own past
-    **dict.fromkeys(("dapo", "cispo", "gmpo"), replace(BEST, options={"minibatches": 2}, settings={"max_steps": 60})),
+    **dict.fromkeys(
+        ("dapo", "cispo"), replace(BEST, options={"minibatches": 2, "resamplings": 1}, settings={"max_steps": 60})
+    ),
     "kl_penalty": Claim(
         "the reference", demonstrations, options={}, settings={"reference": lambda world: world.teacher}
     ),
