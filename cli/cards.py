@@ -416,7 +416,11 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
 
 def _command(facts: Mapping[str, Any]) -> str:
     """What to type to train with it."""
-    judges = {"reward": "--reward FOLDER_OR_FILE.py:FUNCTION", "verifier": "--reward FILE.py:FUNCTION"}
+    judges = {
+        "reward": "--reward FOLDER_OR_FILE.py:FUNCTION",
+        "verifier": "--reward FILE.py:FUNCTION",
+        "teacher": "--teacher FOLDER",
+    }
     judge = [words for need, words in judges.items() if need in facts["needs"]]
     return " ".join([f"prefzoo train {facts['name']} --model FOLDER --dataset FILE", *judge, "--output-dir RUN"])
 

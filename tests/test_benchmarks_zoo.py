@@ -26,6 +26,8 @@ from prefzoo.benchmarks import replication
 from prefzoo.benchmarks.judges import manners, proxy_judge, reward_of
 from prefzoo.benchmarks.runner import plan
 from prefzoo.benchmarks.suites import START, Method, Suite, about, get_suite, requests_task
+from prefzoo.benchmarks.tasks import _samples_of
+from prefzoo.feedback import resolve_reward
 from prefzoo.registry import UsageError
 
 
@@ -151,7 +153,9 @@ def test_parts_get_the_judge_that_they_accept(finished: SimpleNamespace) -> None
 
     judge = proxy_judge(proxy, tokenizer)
     ahead, behind = judge.function([row["prompt"]] * 2, said, said[::-1])
-    assert ahead + behind == pytest.approx(1) and ahead != behind, "σ(r - r') of both orders"
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in said]
+    high, low = resolve_reward(proxy, tokenizer)(_samples_of([row["prompt"]] * 2, ids, tokenizer, {})).tolist()
+    assert ahead == pytest.approx(1 / (1 + math.exp(low - high)), rel=1e-4) and ahead + behind == pytest.approx(1)
     (even,) = judge.function([row["prompt"]], said[:1], said[:1])
     assert even == pytest.approx(0.5)
 
