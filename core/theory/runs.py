@@ -281,6 +281,7 @@ CLAIMS: dict[str, Claim] = {
     "ma_ppo": replace(WITH_CRITIC, options={**WITH_CRITIC.options, "value": "first", "temperature": 1.0}),
     "ppo_max": replace(RISES, share=0.3, options=QUICKLY, settings={"max_steps": 50}),  # rewards / deviation
     "nlpo": replace(RISES, share=0.3, options=QUICKLY, settings={"max_steps": 50}),  # its KL is to its own past
+    "gmpo": replace(BEST, options={"minibatches": 4}),
     **dict.fromkeys(
         ("dapo", "cispo"), replace(BEST, options={"minibatches": 2, "resamplings": 1}, settings={"max_steps": 60})
     ),
