@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, RwkvCo
 import prefzoo
 from prefzoo.data.samples import Ragged, Samples
 from prefzoo.data.tokens import tokenise
-from prefzoo.feedback import RewardSource
+from prefzoo.feedback import Judge, RewardSource
 from prefzoo.models.load import learn_tokenizer, load_causal, load_policy, tiny_model
 from prefzoo.models.reference import reference_of
 from prefzoo.models.roles import Policy
@@ -332,6 +332,23 @@ def test_the_control_of_best_of_n_costs_the_same_and_looks_at_nothing(start: tup
 def test_more_answers_do_not_change_the_first_ones_of_best_of_n(start: tuple[Policy, Any]) -> None:
     product = BestOfN(3, finished=False).of_run(source=ByToken(torch.arange(float(TOKENS))))
     assert texts(drawn(start, product, 2, max_new_tokens=4)) == texts(drawn(start, product, 5, max_new_tokens=4))[:2]
+
+
+def test_a_judge_compares_the_samples_of_one_answer_alone(start: tuple[Policy, Any]) -> None:
+    """One that likes the later letter: the largest of each four; and it is asked about pairs of those four only."""
+    asked: list[int] = []
+
+    def later(prompts: list[str], first: list[str], second: list[str]) -> list[float]:
+        asked.append(len(first))
+        return [float(a > b) for a, b in zip(first, second, strict=True)]
+
+    judged = BestOfN(4, finished=False).of_run(source=Judge(later, start[1]))
+    found = drawn(start, judged, 3, max_new_tokens=4)
+    every = drawn(start, BestOfN(1, "random"), 12, max_new_tokens=4)
+    words = [start[1].decode(ids, skip_special_tokens=True) for ids in texts(every)]
+    best = [max(words[i : i + 4]) for i in (0, 4, 8)]
+    assert [start[1].decode(ids, skip_special_tokens=True) for ids in texts(found)] == best
+    assert sum(asked) <= 3 * 4 * 3
 
 
 def test_cut_answers_and_those_without_a_score_win_only_where_nothing_else_is_left() -> None:

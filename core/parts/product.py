@@ -186,7 +186,8 @@ class BestOfN(Product):
         samples = draw(prompts, n * self.n)
         blocks = torch.arange(len(samples)).view(-1, self.n)
         if self.choose == "best":
-            scores_B = self._rewards(draw)(samples)
+            rewards = self._rewards(draw)
+            scores_B = rewards(apart(samples, self.n) if getattr(rewards, "compares", False) else samples)
             cut_B = samples.columns["finish"] == Finish.LENGTH
             chosen = best_of(scores_B.view(-1, self.n), cut_B.view(-1, self.n) & self.finished)
             samples = replace(samples, columns={**samples.columns, "score": scores_B})
@@ -218,6 +219,15 @@ class Prefix(Product):
         ids = np.asarray(draw.tokenizer(self.text, add_special_tokens=False)["input_ids"], dtype=np.int32)
         asked = replace(prompts, prompts=put_before(prompts.prompts, ids, draw.tokenizer.bos_token_id))
         return replace(draw(asked, n), prompts=prompts.prompts)
+
+
+def apart(samples: Samples, n: int) -> Samples:
+    """Every ``n`` completions with a prompt of their own: a judge compares what stands under one prompt."""
+    prompt_P = samples.prompt_B[::n]
+    return replace(
+        samples, prompts=samples.prompts.take(prompt_P), prompt_B=np.repeat(np.arange(len(prompt_P)), n),
+        extra={k: [values[p] for p in prompt_P] for k, values in samples.extra.items()},
+    )  # fmt: skip
 
 
 def best_of(scores_PN: Tensor, last_PN: Tensor) -> Tensor:
