@@ -34,8 +34,9 @@ class Prelude(Protocol):
 class RotatedBaseline:
     """KTO's reference point: z0 = max(0, mean_i log pi(y_{i-1} | x_i) / ref(y_{i-1} | x_i)) over the optimizer batch.
 
-    Row i's prompt is paired with row i-1's completion (the first with the last), in the order of the batch. ``rows``:
-    use the first so many rows only; a quarter of the batch costs a quarter and is little noisier.
+    Row i's prompt is paired with row i-1's completion (the first with the last), in the order of the batch; where rows
+    of one prompt stand together, as samples of it do, with that of the row so far before that the prompts differ.
+    ``rows``: use the first so many rows only; a quarter of the batch costs a quarter and is little noisier.
     """
 
     rows: int | None = None
@@ -43,14 +44,24 @@ class RotatedBaseline:
     needs: frozenset[str] = frozenset({REFERENCE})
 
     def __call__(self, samples: Samples, roles: Roles) -> Tensor:
-        rows = min(len(samples), self.rows or len(samples))
-        partners = np.roll(np.arange(rows), 1)
-        mismatched = replace(
-            samples.take(np.arange(rows)),
-            completions=samples.completions.take(partners), tokens={}, columns={},
-        )  # fmt: skip
         # take() renumbers prompts by their old order, so prompt_B still belongs to row i.
+        mine = samples.take(np.arange(min(len(samples), self.rows or len(samples))))
+        theirs = mine.take(np.roll(np.arange(len(mine)), _shift(mine.prompt_B[:: mine.per_row])))
+        trained = {name: value for name, value in theirs.tokens.items() if name == "trainable"}
+        mismatched = replace(mine, completions=theirs.completions, tokens=trained, columns={})
         return kto_baseline(log_ratios(mismatched, roles))
+
+
+def _shift(prompt_B: np.ndarray) -> int:
+    """The least shift of the rows in a circle after which the fewest meet their own prompt."""
+    least, found = len(prompt_B) + 1, 1
+    for shift in range(1, len(prompt_B)):
+        same = int((prompt_B == np.roll(prompt_B, shift)).sum())
+        if same < least:
+            least, found = same, shift
+        if not same:
+            break
+    return found
 
 
 @dataclass(frozen=True)
@@ -127,8 +138,10 @@ class ClassMidpoint:
 
 
 def log_ratios(samples: Samples, roles: Roles) -> Tensor:
-    """Log-ratio of policy to reference of every completion, (B,), in nats."""
+    """Log-ratio of policy to reference of every completion, (B,), in nats: of its tokens that carry loss."""
     ratio_C = roles.policy_logps(samples) - roles.reference_logps(samples)
+    if "trainable" in samples.tokens:
+        ratio_C = torch.where(samples.tokens["trainable"].to(ratio_C.device), ratio_C, 0.0)
     owner_C = torch.from_numpy(np.repeat(np.arange(len(samples.completions)), samples.completions.lengths))
     return ratio_C.new_zeros(len(samples.completions)).index_add(0, owner_C.to(ratio_C.device), ratio_C)
 
