@@ -83,5 +83,5 @@ class MaskTruncated:
 
     def __call__(self, samples: Samples, scores_B: Tensor) -> tuple[Samples, Tensor]:
         ended_B = samples.columns["finish"] == Finish.STOP
-        lengths_B = torch.from_numpy(samples.completions.lengths)
-        return samples.with_tokens(trainable=ended_B.repeat_interleave(lengths_B)), scores_B
+        ended_C = ended_B.repeat_interleave(torch.from_numpy(samples.completions.lengths))
+        return samples.with_tokens(trainable=samples.tokens.get("trainable", ended_C) & ended_C), scores_B

@@ -82,25 +82,31 @@ class Collector(Crew):
         self.watchdog.doing(f"scoring the samples of step {step + 1}")
         if any("sampling_logps_BT" in t.loss.extras for t in stage.terms):
             samples = samples.with_tokens(sampling_logps=samples.tokens["old_logps"])
-        exact = self.config.precision == self.config.dtype == "float32"
-        changed = source.top_p < 1 or source.mask_top_p is not None
-        own = "old_logps" in samples.tokens  # of completions that were revised nobody has sampled the tokens
-        if (changed or not exact) and own and stage.condition is None:
-            # The sampler's numbers are not the learner's; the ratio must start at 1.
-            samples = samples.with_tokens(old_logps=self.policy_logps(samples))
+        samples = self._as_learned(samples, source)
         if REFERENCE in stage.needs:
             samples = samples.with_tokens(ref_logps=self.reference_logps(samples))
         if TEACHER in getattr(stage.credit, "needs", ()):
             samples = samples.with_tokens(teacher_logps=self.teacher_logps(samples))
         for name in self._critic_names():
             samples = samples.with_tokens(**{of_critic("values", name): self.values(samples, name)})
-        measured = self._rollout_metrics(samples, scores, source)
+        own = source.by == "policy" and samples_now(source, seed)
+        measured = self._rollout_metrics(samples, scores, own)
         self.measured = measured if purpose == "rollout" else self.measured
         for name, controller in stage.controllers.items():
             self.now.add(f"{name}_coefficient", controller.value)
         if shown:
             self.log.samples(step + 1, self._shown(samples, scores))
         return samples, scores
+
+    def _as_learned(self, samples: Samples, source: Rollouts) -> Samples:
+        """With the learner's log-probabilities where the sampler's are others: the ratio must start at 1, and a KL is
+        one of whole distributions."""
+        exact = self.config.precision == self.config.dtype == "float32"
+        changed = source.top_p < 1 or source.mask_top_p is not None
+        own = "old_logps" in samples.tokens  # of completions that were revised nobody has sampled the tokens
+        if not own or self.stage.condition is not None or (exact and not changed):
+            return samples
+        return samples.with_tokens(old_logps=self.policy_logps(samples))
 
     def _critic_names(self) -> list[str]:
         return [critic_of_role(role) or "" for role in self.critics]
@@ -205,6 +211,7 @@ class Collector(Crew):
         samples = Samples(
             "completions", prompts.prompts, rows.completions, np.arange(len(rows)),
             columns={"finish": torch.tensor(finish, dtype=torch.long)}, extra=prompts.extra,
+            tokens={k: v for k, v in rows.tokens.items() if k == "trainable"},  # of several turns, the assistant's
         )  # fmt: skip
         return samples.with_tokens(old_logps=self._alone(self.policy_logps, samples))
 
@@ -236,8 +243,9 @@ class Collector(Crew):
 
     # ------------------------------------------------------------------------------------ what is measured
 
-    def _rollout_metrics(self, samples: Samples, scores: Tensor, source: Rollouts) -> dict[str, tuple[float, int]]:
-        """Means over the main completions of each prompt; those of a sampler beside them are told by their rewards."""
+    def _rollout_metrics(self, samples: Samples, scores: Tensor, own: bool) -> dict[str, tuple[float, int]]:
+        """Means over the main completions of each prompt; those of a sampler beside them are told by their rewards.
+        ``own``: the policy wrote them; others' say nothing of its entropy and its KL."""
         add, scores_B = self.now.add, scores if scores.dim() == 1 else scores[:, 0]
         sampler_B = samples.columns.get("sampler")
         if sampler_B is not None:
@@ -254,7 +262,7 @@ class Collector(Crew):
         add("completions/mean_length", length_B)
         add("completions/clipped_ratio", (samples.columns["finish"] == Finish.LENGTH).float())
         measured = {"reward": scores_B[known_B], "length": length_B}
-        own = "old_logps" in samples.tokens and source.by == "policy"  # others' samples say nothing of the policy's KL
+        own = own and "old_logps" in samples.tokens
         if own:
             measured["entropy"] = -samples.tokens["old_logps"]
             add("entropy", measured["entropy"])  # unbiased: the samples are the policy's own
@@ -322,11 +330,15 @@ def own_prompts(rows: Samples) -> Samples:
 def side_by_side(parts: list[Samples]) -> Samples:
     """Completions of the same prompts by several samplers, prompt by prompt; ``sampler`` says whose each is."""
     numbered = torch.cat([torch.full((len(p.completions),), k) for k, p in enumerate(parts)])
-    first = parts[0]
+    first, tokens = parts[0], {"old_logps": torch.cat([p.tokens["old_logps"] for p in parts])}
+    if any("trainable" in p.tokens for p in parts):
+        tokens["trainable"] = torch.cat(
+            [p.tokens.get("trainable", torch.ones(len(p.completions.flat), dtype=torch.bool)) for p in parts]
+        )
     joined = Samples(
         "completions", first.prompts, Ragged.concatenate([p.completions for p in parts]),
         np.concatenate([p.prompt_B for p in parts]),
         columns={"finish": torch.cat([p.columns["finish"] for p in parts]), "sampler": numbered},
-        tokens={"old_logps": torch.cat([p.tokens["old_logps"] for p in parts])}, extra=first.extra,
+        tokens=tokens, extra=first.extra,
     )  # fmt: skip
     return joined.take(np.argsort(joined.prompt_B, kind="stable"))

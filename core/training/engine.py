@@ -453,9 +453,10 @@ class Engine(Collector):
             size = 1 if beside else max(size, 2)
         own = replace(source, group_size=size, by="policy", beside=beside, share=1.0)
         samples, scores = self._sample(held_out, None, seed, own)
+        samples = self._as_learned(samples, own)
         if self.reference is not None:
             samples = samples.with_tokens(ref_logps=self.reference_logps(samples))
-        self._rollout_metrics(samples, scores, own)
+        self._rollout_metrics(samples, scores, own=True)
         return {}
 
     # ------------------------------------------------------------------------------------ one optimizer step
