@@ -39,7 +39,9 @@ class MovingMean:
         self.value, self.decay, self.steps = 0.0, decay, 0
 
     def update(self, mean: float, n: int) -> None:
-        """Add the mean reward of a step."""
+        """Add the mean reward of a step; one without any known reward changes nothing."""
+        if not n:
+            return
         past = self.steps / (self.steps + 1) if self.decay is None or not self.steps else self.decay
         self.value, self.steps = past * self.value + (1 - past) * mean, self.steps + 1
 

@@ -56,7 +56,8 @@ class Multiplier:
         """Move the value after a batch of n completions of this mean cost."""
         if not n:
             return
-        step = min(self.rate * self.value * (cost - self.budget), 50.0)  # exp of more is not a number for a multiplier
+        # exp of more is no number for a multiplier, and of less it is 0, from where no step leads back.
+        step = max(-50.0, min(self.rate * self.value * (cost - self.budget), 50.0))
         self.value = self.value * math.exp(step)
         if self.largest is not None:
             self.value = min(self.value, self.largest)
