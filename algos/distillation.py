@@ -76,8 +76,8 @@ def minillm(
         ptx: weight of the likelihood of demonstrations (``ptx_dataset=``), the paper's text of pretraining.
 
     KL enters as the objective itself: exact over the vocabulary for a token's own part (the single-step
-    decomposition), by samples (k1) for what follows it. There is no reference. Needs ``teacher=``, with the policy's
-    tokenizer. Memory as ``gkd``.
+    decomposition), by samples (k1) for what follows it; both of the distributions at ``temperature``. There is no
+    reference. Needs ``teacher=``, with the policy's tokenizer. Memory as ``gkd``.
 
     Convention: of the paper's three stabilisers the single-step decomposition and the length normalisation are here;
     sampling from a mixture of teacher and policy with importance weights is not: the policy samples alone. Four
@@ -89,7 +89,8 @@ def minillm(
 
         prefzoo.train("minillm", model="my-model", teacher="large-model", dataset="prompts.jsonl", max_steps=100)
     """
-    terms = [Term(create_loss("reverse_kl"), count=count)]
+    softness = sampling["temperature"] or 1.0  # of greedy samples log-probabilities are the model's own
+    terms = [Term(create_loss("reverse_kl", temperature=softness), count=count)]
     terms.append(Term(create_loss("clipped_surrogate", clip=clip), count=count))
     if ptx:
         terms.append(Term(create_loss("sft"), rows="ptx", count="token", weight=ptx))
