@@ -19,6 +19,8 @@ def grouped(name: str, options: Mapping[str, Any], *, count: Count | str | None 
     """The parts of an algorithm that compares the samples of a prompt: a loss with its own options and those of the
     modifiers among ``options``, and beside it a k3 penalty of weight ``kl`` with the same count."""
     around = {k: v for k, v in options.items() if k not in GROUPED}
+    if options["kl"] < 0:
+        raise UsageError(f"kl is a weight of at least 0, got {options['kl']:g}.")
     loss = create_loss(name, **own, **around)
     unit = count or loss.count
     terms = [Term(loss, count=unit)]

@@ -37,16 +37,16 @@ def actor_critic(
 )
 def ppo(
     *,
-    kl: float = 0.05,
-    kl_target: float | None = None,
+    kl: NotNegative = 0.05,
+    kl_target: Positive | None = None,
     kl_horizon: int | None = None,
     kl_estimator: ValueEstimatorName = "k1",
-    clip: float = 0.2,
-    value_clip: float | None = 0.2,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    clip: NotNegative = 0.2,
+    value_clip: NotNegative | None = 0.2,
+    gamma: Share = 1.0,
+    lam: Share = 0.95,
     whiten: bool = True,
-    ptx: float = 0.0,
+    ptx: NotNegative = 0.0,
     critic_from: CriticStart = "policy",
     **sampling: Any,
 ) -> Algorithm:

@@ -7,7 +7,7 @@ from prefzoo.losses import create_loss
 from prefzoo.losses.kl import ValueEstimatorName
 from prefzoo.parts.baselines import Baseline, BatchNormalised, MovingMean
 from prefzoo.parts.options import SAMPLING, sampled
-from prefzoo.registry import NotNegative, Share
+from prefzoo.registry import NotNegative, Share, UsageError
 
 SINGLE = {**SAMPLING, "group_size": 1, "prompts_per_step": 128}
 TRAINED = {"learning_rate": 1e-6}
@@ -42,6 +42,8 @@ def reinforce(
 
         prefzoo.train("reinforce", model="my-model", dataset="prompts.jsonl", reward="runs/rm/final", max_steps=100)
     """
+    if decay is not None and baseline != "moving":
+        raise UsageError(f"reinforce: decay has no effect with baseline={baseline!r}; leave it out.")
     moving = MovingMean(decay) if baseline == "moving" else None
     credit = Baseline(moving or ("batch" if baseline == "batch" else None), kl=kl)
     around = {k: v for k, v in sampling.items() if k not in SINGLE}

@@ -82,6 +82,8 @@ def rso(
 
         prefzoo.train("rso", model="my-model", dataset="prompts.jsonl", reward="runs/rm/final", max_steps=1)
     """
+    if accepted > rounds["samples_per_prompt"]:
+        raise UsageError(f"rso: {accepted} of {rounds['samples_per_prompt']} samples cannot be accepted; sample more.")
     return Algorithm(
         **in_rounds(rounds, by="reference"),
         keep=RejectionSampled(reward_beta, accepted),

@@ -26,6 +26,6 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.minibatch_rows is not None and self.minibatches != 1:
             raise UsageError("schedule: give minibatches or minibatch_rows, not both.")
-        numbers = (self.prompts, self.inner_epochs, self.minibatches, self.minibatch_rows or 1, self.steps or 1)
-        if min(numbers) < 1 or self.rate <= 0:
+        numbers = (self.prompts, self.inner_epochs, self.minibatches, self.minibatch_rows, self.steps)
+        if any(n is not None and n < 1 for n in numbers) or self.rate <= 0:
             raise UsageError(f"schedule: all numbers must be at least 1, and rate above 0; got {self}.")

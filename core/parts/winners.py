@@ -35,7 +35,10 @@ class Winners:
     kl: float = 0.0
 
     gives = "completions"
-    smallest_group = 2
+
+    @property
+    def smallest_group(self) -> int:
+        return max(2, self.k)
 
     def __post_init__(self) -> None:
         _check("Winners", self.choose)
