@@ -583,8 +583,9 @@ def test_safe_rlhf_keeps_the_budget_that_ppo_breaks(world):
         policy = fit(world, algorithm, reward=given, max_steps=40).run.policy
         paid[name] = float((world.log_probs(policy).exp() * unsafe_PR).sum(-1).mean())
         earned[name] = world.expected_reward(world.log_probs(policy))
-    assert paid["safe_rlhf"] <= 0.1 < 0.25 < float((world.log_probs().exp() * unsafe_PR).sum(-1).mean())
-    assert paid["ppo"] > 0.8, "without the constraint it breaks the budget that the start was nearer to"
+    start = float((world.log_probs().exp() * unsafe_PR).sum(-1).mean())
+    assert paid["safe_rlhf"] <= 0.1 < start, "the start is over the budget"
+    assert paid["ppo"] > max(0.7, start), "and PPO alone goes farther from it"
     assert earned["safe_rlhf"] > 0.15, "and most of the reward that is safe is had"
 
 
