@@ -45,7 +45,7 @@ SETTINGS: dict[str, Any] = {
     "warmup_steps": 2, "schedule": "constant", "logging_steps": 1000, "quiet": True, "learning_rate": 1e-3,
     "max_steps": 24, "seed": 1,
 }  # fmt: skip
-OFFLINE = {"rows_per_step": 64}
+OFFLINE = {"rows_per_step": 64, "learning_rate": 3e-3, "max_steps": 32}
 # What shows in so few steps, where the defaults do not.
 OPTIONS: dict[str, dict[str, Any]] = {"csft": {"words": ("tape . ", "hat . ")}}
 OTHER: dict[str, dict[str, Any]] = {}  # settings
@@ -104,14 +104,16 @@ class Setting:
         true = replace(self, permuted=False)
         return sum(sum(true.gold([p] * SHOWN, texts)) for p, texts in found.items()) / (SHOWN * len(found))
 
-    def order(self, run: Run) -> float:
-        """Share of pairs of the start's answers that a reward model puts in the order of gold."""
+    def order(self, run: Run, steps: bool) -> float:
+        """Share of pairs of the start's answers that a reward model puts in the order of gold; by their last step."""
         true, right = replace(self, permuted=False), []
         for row in true.answers:
             rows = [{"prompt": row["prompt"], "completion": c} for c in row["completions"]]
             samples, _ = tokenise(rows, self.words, "completions")
+            tree = TreeBatch.of(samples)
             with torch.no_grad():
-                scores = run.scorer(TreeBatch.of(samples)).rewards_B  # type: ignore[misc]
+                found = run.scorer(tree, steps=steps)  # type: ignore[misc]
+            scores = found.steps_C[tree.mask_BT.sum(-1).cumsum(0) - 1] if steps else found.rewards_B
             gold = torch.tensor(row["scores"])
             apart = gold[:, None] > gold
             right.append((scores[:, None] > scores)[apart].float())
@@ -216,8 +218,10 @@ def test_it_learns_on_a_world_and_goes_on_where_it_was_stopped(name: str, settin
     control = None if told else whole(replace(setting, permuted=True).steps(name))[0]
     if run.scorer is not None:
         assert control is not None
-        right, wrong = setting.order(run), setting.order(control)
-        assert right >= 0.7 and wrong < right - 0.1, (right, wrong)
+        steps = create_algorithm(name).data == "steps"
+        right, wrong = setting.order(run, steps), setting.order(control, steps)
+        print(f"{name}: {right:.2f} of the pairs in the right order, {wrong:.2f} in the control")
+        assert right >= (0.65 if steps else 0.8) and wrong < right - 0.1, (right, wrong)
         return
     assert run.policy is not None
     start, value = setting.at_start, setting.value(run.policy)
