@@ -38,8 +38,10 @@ def _both_sides(row: Row, report: Report) -> Iterable[Row]:
     if row.get("tie"):
         report.cut["ties left out: neither side is the better one"] += 1
         return
-    for side in ("chosen", "rejected"):
-        yield {**_without(row, "chosen", "rejected", "tie"), "completion": row[side], "label": side == "chosen"}
+    scores, rest = _scores_of_pair(row), _without(row, "chosen", "rejected", "tie")
+    for place, side in enumerate(("chosen", "rejected")):
+        known = {} if scores is None else {"score": scores[place]}
+        yield {**rest, "completion": row[side], "label": side == "chosen", **known}
 
 
 def _desirable(row: Row, report: Report) -> Iterable[Row]:
