@@ -374,6 +374,7 @@ class Steps:
         self.engine, self.number = None, number
         if number > 0:
             self._start_of_stage(tensors)
+        assert self.data is not None  # only what has no stages needs none
         if len(self.algorithm.stages) > 1:
             self.log.note(f"stage {number + 1} of {len(self.algorithm.stages)}: {stage_in_words(stage)}")
         if number > 0:  # other prompts and other samples than those of the stage before
