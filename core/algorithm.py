@@ -49,8 +49,8 @@ class Feedback(Protocol):
     """Who says what is good: scores (B,) of completions, (B, K) of several objectives, NaN where nobody said any.
 
     One with ``revises = True`` changes the completions first: ``revise(samples, roles) -> Samples``; its
-    ``measure(before, after)``, where it has it, says what the log is to say. ``check(source)``, where it has it, refuses
-    a reward that cannot serve.
+    ``measure(before, after)``, where it has it, says what the log is to say. ``check(source)``, where it has it,
+    refuses a reward that cannot serve.
     """
 
     @property
@@ -256,7 +256,7 @@ class Stage:
             raise UsageError(
                 f"loss {term.loss.name!r} and trains={term.trains!r} do not fit: Q-learners train 'heads'."
             )
-        given = getattr(self.credit, "columns", frozenset())
+        given: frozenset[str] = getattr(self.credit, "columns", frozenset())
         for column in term.loss.columns:
             if term.rows == "main" and self.on_policy and column not in given:
                 raise UsageError(
@@ -272,7 +272,7 @@ class Stage:
                 f"credit {type(self.credit).__name__} compares samples of one prompt: group_size must be at least "
                 f"{self.credit.smallest_group}, got {source.completions}."
             )
-        if self.replay is not None and getattr(self.keep, "refill", 0):
+        if self.replay is not None and getattr(self.keep, "refill", False):
             raise UsageError("a replay takes what a step gives; keep with refill has no effect beside it.")
 
     def _check_rows(self, source: DatasetRows) -> None:
@@ -294,7 +294,7 @@ class Stage:
     def needs(self) -> frozenset[str]:
         """Roles that must be there: the shared layer loads exactly these."""
         parts = (self.source, self.feedback, self.keep, self.credit, self.condition, self.prelude, self.update)
-        declared = [getattr(part, "needs", frozenset()) for part in parts if part is not None]
+        declared: list[frozenset[str]] = [getattr(part, "needs", frozenset()) for part in parts if part is not None]
         losses = {REFERENCE for t in self.terms if t.loss.reference}
         losses |= {TEACHER for t in self.terms if t.loss.family is Distribution}
         return frozenset().union(*declared, losses, self.trains)

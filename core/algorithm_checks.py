@@ -262,14 +262,14 @@ def only_trained_roles_move(subject: Subject) -> str | None:
         if weights_hash(module) != before[name]:
             raise ContractError(f"{name} has moved, which no term trains.")
     for stage, engine in zip(subject.small.stages, ended.engines, strict=True):
-        for role, module in ((REFERENCE, engine.reference), (TEACHER, engine.teacher)):
-            if module is None or module is engine.policy:
+        for role, frozen in ((REFERENCE, engine.reference), (TEACHER, engine.teacher)):
+            if frozen is None or frozen is engine.policy:
                 continue
-            if any(p.requires_grad or p.grad is not None for p in module.parameters()):
+            if any(p.requires_grad or p.grad is not None for p in frozen.parameters()):
                 raise ContractError(f"the {role} gets gradients.")
             if role == TEACHER or (role == REFERENCE and "reference" in given):
                 kept = world.teacher if role == TEACHER else world.other
-                if not torch.equal(flat(module), flat(kept)):
+                if not torch.equal(flat(frozen), flat(kept)):
                     raise ContractError(f"the {role} has moved, which no term trains.")
         if set(engine.trained) != set(stage.trains):
             raise ContractError(f"{sorted(engine.trained)} are trained, the terms say {sorted(stage.trains)}.")

@@ -200,8 +200,10 @@ def _subject(algorithm: str | Callable[..., Algorithm] | Algorithm, options: dic
     if isinstance(algorithm, Algorithm):
         if options:
             raise UsageError(f"a composition has no options: {', '.join(options)} have no effect; give its name.")
-        return Subject(algorithm.name, lambda: algorithm)
+        composed = algorithm
+        return Subject(composed.name, lambda: composed)
     entry: Entry | None = None
+    make: Callable[..., Algorithm]
     if callable(algorithm):
         name = getattr(algorithm, "__name__", repr(algorithm))
         if name in ALGORITHMS and inspect.unwrap(ALGORITHMS.entry(name).function) is inspect.unwrap(algorithm):

@@ -219,7 +219,7 @@ def _places(tree: TreeBatch, want: frozenset[Want]) -> tuple[Tensor, Tensor]:
 def _scores(tree: TreeBatch, want: frozenset[Want], found: dict[str, Tensor]) -> Scores:
     """By name and place: what was found at all positions that were scored."""
     count = len(tree.target_C)
-    flat = {f"{name}_C": values[:count] for name, values in found.items()}
+    flat: dict[str, Any] = {f"{name}_C": values[:count] for name, values in found.items()}
     return Scores(**flat, prompt_logps_R=found["logps"][count:] if "prompt" in want else None)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -376,7 +376,7 @@ class Evidence:
     words: str
 
 
-def prove(make: Callable[..., Algorithm], known: Mapping[str, Any], claim: Claim, world: EnumerableWorld) -> Evidence:
+def prove(make: Callable[..., Algorithm], known: Container[str], claim: Claim, world: EnumerableWorld) -> Evidence:
     """Train on the world, and compare where it ends.
 
     Args:
