@@ -55,7 +55,7 @@ def import_function(spec: str) -> Callable[..., Any]:
 
 
 def names_function(text: object) -> bool:
-    """Whether this is written ``my_file.py:function``; inside brackets, ``ensemble(my_file.py:function)``, it is not."""
+    """Whether this is written ``my_file.py:function``; in brackets, ``ensemble(my_file.py:function)``, it is not."""
     return isinstance(text, str) and text.rpartition(":")[0].endswith(".py") and not text.endswith(")")
 
 
