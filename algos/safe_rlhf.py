@@ -54,7 +54,7 @@ def safe_rlhf(
     weight in A is ``kl``: β/2 of the paper.
 
     Logged: ``reward/objective_0`` and ``reward/objective_1``, mean reward and mean cost. An answer without one of both
-    gives no gradient and moves no λ.
+    gives no gradient; one without a cost moves no λ.
 
     Convention: λ moves by the mean cost of the step; the code's is over the last 128 answers. The step is that of
     equation 31, with λ in it. A critic learns each objective, the cost's with the sign turned; ptx only if asked.

@@ -136,6 +136,15 @@ def test_a_policy_that_has_not_moved_has_no_kl_in_an_evaluation_either() -> None
     assert found and max(map(abs, found)) < 1e-5
 
 
+def test_an_evaluation_does_not_score_demonstrations() -> None:
+    run = prefzoo.train(
+        "spin", model="tiny", dataset=ROWS, eval_dataset=[{"prompt": "add 7 and 9", "completion": " 16 done"}],
+        prompts_per_round=2, max_new_tokens=4, max_steps=1, eval_steps=1, quiet=True,
+    )  # fmt: skip
+    told = {name for h in run.history for name in h if name.startswith("eval/")}
+    assert "eval/kl" in told and not {name for name in told if "reward" in name}
+
+
 def test_demonstrations_say_nothing_of_the_policy_s_entropy() -> None:
     words = learn_tokenizer([row["prompt"] + row["completion"] for row in ROWS], 270)
     teacher, told = Policy(tiny_model(words, seed=1)), {}

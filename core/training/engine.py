@@ -447,7 +447,8 @@ class Engine(Collector):
         seed = derive_seed(self.config.seed, "evaluation")
         source = self.stage.source
         assert isinstance(source, Rollouts)
-        size, beside = self.config.eval_samples, source.beside
+        # Of what the data wrote there is nothing to find out.
+        size, beside = self.config.eval_samples, tuple(s for s in source.beside if s.role != "data")
         if self.compares and not beside:  # its mean over answers of one policy is 1/2, whatever the policy
             beside = (Sampler("reference"),) if self.reference is not None else ()
             size = 1 if beside else max(size, 2)
