@@ -38,21 +38,22 @@ pytestmark = pytest.mark.long
 
 FAMILIES = ("dpo", "clipped_surrogate", "apo_zero_unpaired", "pl_dpo", "bradley_terry", "plackett_luce",
             "reward_regression", "weighted_sft", "forward_kl")  # fmt: skip
-ELSEWHERE = {"quark", "constitutional"}  # their words are none of a world; proved in test_algorithms.py
+# Proved in test_algorithms.py alone: words that are none of a world; heads and step scores, which need longer runs.
+ELSEWHERE = {"quark", "constitutional", "ilql", "process_reward_model"}
 NAMES = sorted({*FAMILIES, *ALGORITHMS.names()} - ELSEWHERE)
 PROMPTS, ANSWERS, LENGTH, SHOWN = 12, 8, 24, 16
 SETTINGS: dict[str, Any] = {
     "warmup_steps": 2, "schedule": "constant", "logging_steps": 1000, "quiet": True, "learning_rate": 1e-3,
     "max_steps": 24, "seed": 1,
 }  # fmt: skip
-OFFLINE = {"rows_per_step": 64, "learning_rate": 3e-3, "max_steps": 32}
+OFFLINE = {"rows_per_step": 64}  # few steps: a hundred answers are soon learned by heart
 # What shows in so few steps, where the defaults do not.
 OPTIONS: dict[str, dict[str, Any]] = {
     "csft": {"words": ("tape . ", "hat . ")},
     "seqkd": {"samples_per_prompt": 1},
 }
-OTHER: dict[str, dict[str, Any]] = {}  # settings
-RISE = 0.5  # of gold points, of 10
+OTHER: dict[str, dict[str, Any]] = {"reward_regression": {"learning_rate": 3e-3}}  # settings
+RISE, APART = 0.2, 0.5  # gold points, of 10: above the start, and above the control
 
 
 @dataclass(frozen=True)
@@ -230,4 +231,4 @@ def test_it_learns_on_a_world_and_goes_on_where_it_was_stopped(name: str, settin
     start, value = setting.at_start, setting.value(run.policy)
     other = start if control is None else setting.value(control.policy)  # type: ignore[arg-type]
     print(f"{name}: gold {start:.2f} at the start, {value:.2f} at the end, {other:.2f} in the control")
-    assert value > start + RISE and value > other + RISE / 2, (start, value, other)
+    assert value > start + RISE and value > other + APART, (start, value, other)
