@@ -14,12 +14,13 @@ import yaml
 from prefzoo.algorithm import algorithm_entry
 from prefzoo.plugins import import_file, import_function, names_function
 from prefzoo.processes import Processes
-from prefzoo.registry import UsageError, suggest
+from prefzoo.registry import UsageError
 from prefzoo.spellings.trl import read_trl_config
 from prefzoo.spellings.trl.fields import FIELDS
 from prefzoo.training import NonFiniteError, Stopped, TrainConfig
 from prefzoo.training import train as train_algorithm
 from prefzoo.training.checkpoint import found
+from prefzoo.training.setup import no_option
 from prefzoo.yaml_numbers import Numbers, read_yaml
 
 # What train() takes beside options of the algorithm and of the training.
@@ -106,7 +107,7 @@ def read_all(
     known = [*ARGUMENTS, "config", *entry.options, *TrainConfig.model_fields]
     for key in merged:
         if key not in known and "spelling" not in entry.tags:  # trl: names know more words, and check them
-            raise UsageError(f"neither algorithm {name!r} nor training has an option {key!r}{suggest(key, known)}")
+            raise no_option(name, entry.options, key, known)
     if merged.get("model") is None:
         raise UsageError("which model? --model FOLDER, a hub id, or 'tiny' for a small one with random weights.")
     if "reward" in merged:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,6 +54,15 @@ from prefzoo.training.stopping import Stopping
 Note = Callable[[str], None]
 
 
+def no_option(algorithm: str | Algorithm, options: Mapping[str, Any], key: str, known: Iterable[str]) -> UsageError:
+    """The error of an option that neither an algorithm nor training has; it may be one of the algorithm inside."""
+    words = f"neither algorithm {algorithm!r} nor training has an option {key!r}"
+    inner = str(options.get("rl", "")).partition("(")[0]
+    if inner and key in algorithm_entry(inner).options:
+        return UsageError(f"{words}; {inner!r} has, and its options stand in its name: rl='{inner}({key}=...)'.")
+    return UsageError(words + suggest(key, known))
+
+
 def resolve(
     algorithm: str | Algorithm,
     options: Mapping[str, Any],
@@ -77,7 +86,7 @@ def resolve(
     for key in options:
         if key not in mathematics and key not in TrainConfig.model_fields:
             known = [*mathematics, *TrainConfig.model_fields, *arguments]
-            raise UsageError(f"neither algorithm {algorithm!r} nor training has an option {key!r}{suggest(key, known)}")
+            raise no_option(algorithm, mathematics, key, known)
     mine = {k: v for k, v in options.items() if k in mathematics}
     given |= {k: v for k, v in options.items() if k not in mathematics}
     chosen = algorithm if isinstance(algorithm, Algorithm) else create_algorithm(algorithm, **mine)
