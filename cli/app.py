@@ -328,7 +328,7 @@ def chat(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="quick, pairs, ...")],
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="quick, verifiable, pairs, zoo, replication")],
     data: Annotated[Path | None, typer.Option(help="preference pairs of yours (prefzoo bench pairs)")] = None,
     algorithms: Annotated[str | None, typer.Option(metavar="A,B", help="only these, separated by commas")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="runs of each algorithm")] = None,
