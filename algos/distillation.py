@@ -19,8 +19,7 @@ def _unjudged(sampling: dict[str, Any], **source: Any) -> dict[str, Any]:
 
 @register_algorithm(paper="arXiv:2306.13649", recommended={"learning_rate": 1e-5}, shared=UNJUDGED)
 def gkd(*, beta: Share = 0.5, on_policy: Share = 0.5, softness: Positive = 1.0, **sampling: Any) -> Algorithm:
-    """Generalised knowledge distillation: the teacher's distribution at every token, also of answers that the policy
-    wrote itself, where its own mistakes are corrected.
+    """Generalised knowledge distillation: the teacher's distribution at every token, also of the policy's own answers.
 
         loss = mean_t  β KL(P ‖ M) + (1 - β) KL(π ‖ M),   M = β P + (1 - β) π,   P the teacher
 
@@ -100,8 +99,7 @@ def minillm(
 
 @register_algorithm(paper="arXiv:2606.22600", recommended={"learning_rate": 1e-5}, shared=UNJUDGED)
 def iw_opd(*, early: NotNegative = 0.5, clip: NotNegative = 0.2, **sampling: Any) -> Algorithm:
-    """Importance-weighted on-policy distillation: each sampled token is rewarded by how much likelier the teacher finds
-    it; early tokens, before policy and teacher have drifted apart, count more.
+    """Importance-weighted on-policy distillation: tokens earn the teacher's log-ratio, early ones count more.
 
         r_t = log P(y_t) - log π_old(y_t);   A_t = r_t (1 + early (1 - Σ_{s<t} |r_s| / Σ_s |r_s|))
         loss = mean_t - min(ρ_t A_t, clip(ρ_t, 1 - clip, 1 + clip) A_t),   ρ_t = π/π_old
