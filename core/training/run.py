@@ -404,7 +404,8 @@ class Steps:
             going_on = self._go_on(engine, start, tensors)
         self.log.begin(total, engine.step, self._before)
         if start is None:
-            if engine.optimizer_steps <= engine.config.warmup_steps and settings.learning_rate > 0:
+            short = engine.optimizer_steps <= engine.config.warmup_steps
+            if short and settings.learning_rate > 0 and stage.update is None:
                 self.log.note(
                     f"note: the warm-up of {engine.config.warmup_steps:g} steps is as long as the run of "
                     f"{engine.optimizer_steps}: the learning rate hardly reaches {settings.learning_rate:g} "
