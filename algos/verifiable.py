@@ -11,7 +11,7 @@ from prefzoo.parts.options import SAMPLING, sampled
 from prefzoo.registry import UsageError
 
 
-@register_algorithm(paper="arXiv:2411.15124", recommended={"learning_rate": 1e-6}, shared=SAMPLING)
+@register_algorithm(paper="arXiv:2411.15124", recommended={"learning_rate": 1e-6}, shared=SAMPLING, as_given=True)
 def rlvr(
     *,
     over: str | None = None,
@@ -27,8 +27,8 @@ def rlvr(
 
     Args:
         over: the algorithm that learns from the verdicts, in place of the loss above: ``"dapo"``, ``"ppo"``, any that
-            samples. It has its own defaults; of the options here the sampling ones that are not at their default go
-            on to it. None: the loss above.
+            samples. It has its own defaults; the sampling options that are given here go on to it. None: the loss
+            above.
         estimator: of the advantage: ``group_relative`` (GRPO's) or ``leave_one_out`` (RLOO's).
         clip, std: as in ``grpo``; ``std`` belongs to ``group_relative``.
 
@@ -53,7 +53,8 @@ def rlvr(
     if over is not None:
         if (estimator, clip, std) != ("group_relative", 0.2, True):
             raise UsageError(f"rlvr: estimator, clip and std have no effect with over={over!r}, which has its own.")
-        return verified(over, {k: v for k, v in sampling.items() if v != SAMPLING[k]})
+        return verified(over, sampling)
+    sampling = {**SAMPLING, **sampling}
     if estimator == "leave_one_out" and not std:
         raise UsageError("rlvr: std has no effect with estimator='leave_one_out', which never divides; leave it out.")
     parts = sampled(sampling) | {"feedback": Verifier(sampling["missing_eos_penalty"])}
@@ -65,10 +66,10 @@ def rlvr(
 def verified(name: str, options: dict[str, Any]) -> Algorithm:
     """The algorithm of that name with a verifier wherever it has a reward."""
     algorithm = create_algorithm(name, **options)
-    if not algorithm.stages or not any(isinstance(s.feedback, Reward) for s in algorithm.stages):
+    if not any(type(s.feedback) in (Reward, Verifier) for s in algorithm.stages):
         raise UsageError(f"rlvr: over={name!r} does not sample and score; give one that does, such as 'dapo' or 'ppo'.")
     algorithm.stages = tuple(
-        replace(s, feedback=Verifier(s.feedback.missing_eos_penalty)) if isinstance(s.feedback, Reward) else s
+        replace(s, feedback=Verifier(s.feedback.missing_eos_penalty)) if type(s.feedback) is Reward else s
         for s in algorithm.stages
     )
     return algorithm

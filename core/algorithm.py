@@ -451,7 +451,8 @@ def register_algorithm(
 
     Its keyword-only arguments are the configuration of the mathematics; ``recommended`` are values for
     :class:`~prefzoo.training.TrainConfig` that a user's own values override. ``shared`` are further options with their
-    defaults (:mod:`prefzoo.parts.options`), given to its ``**options`` as one. ``spelling=`` is a function that turns
+    defaults (:mod:`prefzoo.parts.options`), given to its ``**options`` as one; with ``as_given=True`` only those that
+    the user has given, for functions that hand them on. ``spelling=`` is a function that turns
     a run's options, written as another library writes them, into ours (:mod:`prefzoo.spellings.trl`).
     """
     if function is None:
@@ -516,7 +517,10 @@ def create_algorithm(name: str, /, **options: Any) -> Algorithm:
     """
     entry = algorithm_entry(name)
     entry.check_options(options, "algorithm")
-    if isinstance(entry, AlgorithmEntry):
+    own = dict(entry.own_options)
+    if isinstance(entry, AlgorithmEntry) and entry.tags.get("as_given"):
+        own = {k: v for k, v in own.items() if k not in entry.shared}
+    elif isinstance(entry, AlgorithmEntry):
         options = {**entry.shared, **options}
     if entry.name in ALGORITHMS:
         algorithm = entry.function(**options)
@@ -525,7 +529,7 @@ def create_algorithm(name: str, /, **options: Any) -> Algorithm:
         loss = create_loss(entry.name, **{k: v for k, v in options.items() if k in known})
         algorithm = _of_loss(loss, {k: v for k, v in options.items() if k not in known})
     algorithm.name = entry.name
-    algorithm.options = {**entry.own_options, **options}
+    algorithm.options = {**own, **options}
     algorithm.recommended = dict(entry.tags["recommended"])
     algorithm.sources = {**algorithm.sources, entry.name: entry.source_hash()}  # one made of another has its sources
     for term in (t for stage in algorithm.stages for t in stage.terms):

@@ -160,6 +160,7 @@ def register_loss(
     refuses: Mapping[str, str] = MappingProxyType({}),
     recommended: Mapping[str, Any] = MappingProxyType({}),
     exceptions: Mapping[str, str] = MappingProxyType({}),
+    writers: bool = False,
 ) -> Any:
     """Register a loss under its function's name.
 
@@ -171,7 +172,8 @@ def register_loss(
     (default: as ``contrast``). ``extras``: fields of the record that it needs beyond log-probabilities and masks, or a
     function from the options to them. ``refuses``: modifiers that do not apply, and why. ``recommended``: values for
     the training of the algorithm of the same name. ``exceptions``: checks of ``prefzoo.testing.check_loss`` it fails,
-    and why.
+    and why. ``writers``: the sides of its pairs are those of two writers, whoever won, so it is for credits that keep
+    them apart.
 
     >>> import torch.nn.functional as F
     >>> from prefzoo.records import LossOut, Pairs
@@ -184,6 +186,7 @@ def register_loss(
         return lambda f: register_loss(
             f, paper=paper, aliases=aliases, count=count, reference=reference, extras=extras, whole_batch=whole_batch,
             contrast=contrast, divergence=divergence, refuses=refuses, recommended=recommended, exceptions=exceptions,
+            writers=writers,
         )  # fmt: skip
     family = _family(function, "loss", 0)
     return LOSSES.register(
@@ -200,6 +203,7 @@ def register_loss(
         refuses=dict(refuses),
         recommended=dict(recommended),
         exceptions=dict(exceptions),
+        writers=writers,
     )
 
 

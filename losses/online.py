@@ -16,7 +16,7 @@ WRITERS = "the chosen side is what the policy wrote, the better one or not"
 
 
 @register_loss(
-    paper="arXiv:2405.21046", extras=("probability_B",), recommended={"learning_rate": 5e-7},
+    paper="arXiv:2405.21046", extras=("probability_B",), recommended={"learning_rate": 5e-7}, writers=True,
     refuses={
         "label_smoothing": SOFT, "nll": WRITERS,
         "length_desensitised": "its exploration bonus would be desensitised",

@@ -400,6 +400,7 @@ def test_rlvr_is_the_algorithm_that_it_is_given_with_a_verifier(world: Enumerabl
         alone = trained(world, create_algorithm(name, max_new_tokens=4))
         assert weights_hash(trained(world, over).run.model) == weights_hash(alone.run.model) != plain
     assert create_algorithm("rlvr", over="dapo", group_size=4).stages[0].source.group_size == 4
+    assert create_algorithm("rlvr", over="dapo", group_size=8).stages[0].source.group_size == 8, "as in rlvr, but given"
     assert create_algorithm("rlvr", over="dapo").stages[0].source.group_size == 16, "its own default"
     for options, says in (({"over": "sft"}, "does not sample"), ({"over": "dapo", "clip": 0.1}, "have no effect")):
         with pytest.raises(UsageError, match=says):

@@ -601,3 +601,9 @@ def test_pairs_of_rs_dpo_are_those_above_its_threshold() -> None:
     for gap in (1.6, 1.8):
         pairs = credit(samples_of([[0.0, gap]]), torch.tensor([0.0, gap]))
         assert len(pairs) == int(1 / (1 + math.exp(-gap / 2.0)) > 0.7)
+
+
+@pytest.mark.parametrize("name", ["online_dpo", "iterative_dpo", "rlaif", "rso"])
+def test_a_loss_of_two_writers_needs_both(name: str) -> None:
+    with pytest.raises(UsageError, match=r"'xpo' compares the completions of two writers.*algorithm 'xpo'"):
+        create_algorithm(name, loss="xpo")

@@ -52,6 +52,11 @@ def compared(loss: Loss, pairs: Choice = "extremes", soft_labels: ScoreUnit | No
     }  # fmt: skip
     if pairs not in makers:
         raise UsageError(f"pairs is {pairs!r}; it must be one of {', '.join(makers)}.")
+    if loss.entry.tags["writers"]:
+        raise UsageError(
+            f"loss {loss.name!r} compares the completions of two writers, whoever won, and these pairs are the better "
+            f"and the worse one of a single writer; the algorithm {loss.name!r} samples both."
+        )
     credit = {Pairs: makers[pairs], Unpaired: Desirable(), Ranked: RankedSamples()}.get(loss.family)
     if credit is None:
         raise UsageError(
