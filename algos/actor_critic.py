@@ -97,7 +97,7 @@ def ma_ppo(
         prefzoo.train("ma_ppo", model="my-model", dataset="prompts.jsonl", reward="runs/rm/final", max_steps=100)
     """
     macro = MacroActions(actions, length, value)
-    credit = GAE(lam=lam, gamma=gamma, kl=FixedKL(kl), actions=macro)
+    credit = GAE(lam=lam, gamma=gamma, kl=FixedKL(kl) if kl else None, actions=macro)
     return Algorithm(**actor_critic(sampling, credit, clip=clip, value_clip=value_clip), critic_from=critic_from)
 
 

@@ -57,7 +57,8 @@ def ppo(
         critic loss = mean_t of the clipped squared error of V(s_t) against A_t + V_old(s_t)
 
     Args:
-        kl: coefficient of the KL penalty in the reward, per token; the first value if ``kl_target`` is given.
+        kl: coefficient of the KL penalty in the reward, per token; the first value if ``kl_target`` is given; 0: no
+            reference is loaded.
         kl_target: KL per sequence (nats) that an adaptive controller steers to; None: fixed coefficient.
         kl_horizon: samples over which that controller acts; by default 10,000.
         kl_estimator: k1 (signed log-ratio), k2, k3 or abs.
@@ -78,7 +79,9 @@ def ppo(
     """
     if kl_horizon is not None and kl_target is None:
         raise UsageError("ppo: kl_horizon has no effect without kl_target, the KL to steer to.")
-    controller = FixedKL(kl) if kl_target is None else AdaptiveKL(kl, target=kl_target, horizon=kl_horizon or 10_000)
+    controller: FixedKL | AdaptiveKL | None = FixedKL(kl) if kl else None
+    if kl_target is not None:
+        controller = AdaptiveKL(kl, target=kl_target, horizon=kl_horizon or 10_000)
     credit = GAE(lam=lam, gamma=gamma, kl=controller, estimator=kl_estimator, whiten=whiten)
     return Algorithm(
         **actor_critic(sampling, credit, clip=clip, value_clip=value_clip, ptx=ptx), critic_from=critic_from
@@ -138,8 +141,8 @@ def ppo_max(
     """
     scale = RunningScale()
     credit = GAE(
-        lam=lam, gamma=gamma, kl=FixedKL(kl), whiten=whiten, scale=scale, centre=centre, reward_clip=reward_clip,
-        advantage_clip=advantage_clip,
+        lam=lam, gamma=gamma, kl=FixedKL(kl) if kl else None, whiten=whiten, scale=scale, centre=centre,
+        reward_clip=reward_clip, advantage_clip=advantage_clip,
     )  # fmt: skip
     parts = actor_critic(sampling, credit, clip=clip, value_clip=value_clip, ptx=ptx, top_p=top_p)
     controllers = {**parts.pop("controllers"), "reward_scale": scale}

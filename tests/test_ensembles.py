@@ -173,6 +173,8 @@ def test_objectives_are_the_parts_with_their_weights_and_sum_to_the_reward(words
     assert "rewards/reward_2/mean" in source.drain()[0]
     one = resolve_reward(A, words)
     assert torch.equal(one.objectives(samples)[:, 0], one(samples))
+    watched = resolve_reward([A, C], words, weights=[1.0, 0.0])  # a score that is missing there takes nothing away
+    assert watched.objectives(samples)[:, 1].tolist() == [0.0] * 6
 
 
 # ------------------------------------------------------------------------------------------------ the gate

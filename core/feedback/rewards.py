@@ -385,8 +385,10 @@ class SumReward(Several):
         return len(self.parts)
 
     def objectives(self, samples: Samples) -> Tensor:
-        """The scores of each source times its weight, in their order (B, K); NaN where it says nothing."""
-        return (self.weights_K[:, None] * self.scores(samples)).T
+        """Each source's scores times its weight, in their order (B, K): NaN where it says nothing, 0 at weight 0."""
+        weighted_KB = self.weights_K[:, None] * self.scores(samples)
+        watched_K1 = self.weights_K[:, None] == 0  # of these a missing score takes nothing away
+        return weighted_KB.masked_fill(watched_K1, 0.0).T
 
 
 def resolve_reward(
