@@ -280,7 +280,7 @@ class Replay:
         self.engine, self.samples, self.once = engine, samples, once
         self.old: Tensor | None = None
 
-    def generate(self, *_: Any) -> Samples:
+    def generate(self, *_: Any, **__: Any) -> Samples:
         if self.old is None or not self.once:
             self.old = self.engine.policy_logps(self.samples)
         return self.samples.with_tokens(old_logps=self.old)

@@ -414,7 +414,7 @@ def test_a_signal_inside_a_rollout_step_keeps_its_samples(number, place, tmp_pat
     (last,) = checkpoint.found(tmp_path / "run")
     engine = json.loads((last / "state.json").read_text())["engine"]
     assert (engine["step"], engine["place"]) == (2, place + 1)
-    assert engine["rollouts"] == (None if place == 3 else "completions")
+    assert engine["samples"].get("rollouts") == (None if place == 3 else "completions")
     assert resumed(tmp_path / "run", "grpo", **SAMPLED) == end(tmp_path / "whole")
     assert len(taken) == len(set(taken)) == 16 and int(os.environ["CALLS"]) == calls
 

@@ -183,7 +183,7 @@ def test_an_unknown_name_suggests_one_of_its_own_prefix() -> None:
         ("trl:cpo", {"cpo_alpha": 0.0, "label_smoothing": 0.1}, "cpo", {"nll": 0.0, "label_smoothing": 0.1}),
         ("trl:cpo", {"loss_type": "simpo", "alpha": 0.5, "cpo_alpha": 0.0}, "alphapo", {"beta": 0.1, "alpha": 0.5}),
         ("trl:kto", {"loss_type": "apo_zero_unpaired", "beta": 0.3}, "apo_zero_unpaired", {"beta": 0.3}),
-        ("trl:bco", {"beta": 0.3}, "bco", {"beta": 0.3}),
+        ("trl:bco", {"beta": 0.3}, "bco", {"beta": 0.3, "running": False, "balanced": False}),
         ("trl:sft", {"loss_type": "dft"}, "dft", {}),
         ("trl:rloo", {"num_generations": 4, "per_device_train_batch_size": 128, "max_completion_length": 256}, "rloo",
          {}),

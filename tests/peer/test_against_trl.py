@@ -190,7 +190,7 @@ class Replay:
         self.steps, self.prompt_B = iter(steps), prompt_B
         self.engine: Engine
 
-    def generate(self, prompts: Samples, *_: Any) -> Samples:
+    def generate(self, prompts: Samples, *_: Any, **__: Any) -> Samples:
         ids = next(self.steps)["ids"]
         finish = torch.tensor([Finish.STOP if i[-1] == 2 else Finish.LENGTH for i in ids])
         samples = Samples(
