@@ -281,6 +281,7 @@ ZOO: dict[str, dict[str, Any]] = {
     "csft": {"options": {"words": ("ugh", "lovely")}},
     "quark": {"options": {"words": ("ugh", "whatever", "fine", "certainly", "lovely")}},
     "safe_rlhf": {"options": {"budget": 0.1}},
+    "gdpo": {"options": {"weights": (1.0, -1.0)}},  # the second objective is a cost
     "rbr": {"options": {"rl": "ppo(max_new_tokens=44, group_size=8)"}},
 }
 
