@@ -12,6 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from prefzoo.algorithm import ALGORITHMS, list_algorithms
+from prefzoo.losses.base import CREDITS, ESTIMATORS, LOSSES, MODIFIERS
+
+list_algorithms()  # all of ours are there before an example adds one
+
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("layout", ROOT / ".ci" / "layout.py")
 layout = importlib.util.module_from_spec(spec)
@@ -238,7 +243,14 @@ def test_every_pairwise_loss_is_an_algorithm_or_has_a_reason():
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
 def test_docstring_examples(name):
-    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    """What an example registers is gone afterwards: other tests look at all entries."""
+    registries = (LOSSES, MODIFIERS, CREDITS, ESTIMATORS, ALGORITHMS)
+    before = [(dict(r._entries), dict(r._aliases)) for r in registries]
+    try:
+        result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    finally:
+        for registry, (entries, aliases) in zip(registries, before, strict=True):
+            registry._entries, registry._aliases = entries, aliases
     assert result.failed == 0
 
 
