@@ -50,6 +50,7 @@ OFFLINE = {"rows_per_step": 64}  # few steps: a hundred answers are soon learned
 # What shows in so few steps, where the defaults do not.
 OPTIONS: dict[str, dict[str, Any]] = {
     "csft": {"words": ("tape . ", "hat . ")},
+    "rso": {"accepted": 2},  # of the four samples
     "seqkd": {"samples_per_prompt": 1},
 }
 OTHER: dict[str, dict[str, Any]] = {"reward_regression": {"learning_rate": 3e-3}}  # settings
