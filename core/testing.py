@@ -19,10 +19,10 @@ import dataclasses
 import functools
 import inspect
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -50,38 +50,50 @@ class Check:
     """One check of one loss. Call it: it returns how it went, or raises ``ContractError``."""
 
     name: str
-    loss: Loss
+    subject: Any
     exception: str | None = None
     insists: bool = True  # that the exception is needed
+
+    kind: ClassVar[str] = "loss"
+    known: ClassVar[Mapping[str, Callable[[Any], str | None]]] = CHECKS
+    first: ClassVar[str] = FIRST
 
     @property
     def line(self) -> str:
         """What the check demands."""
-        return (inspect.getdoc(CHECKS[self.name]) or "").split("\n", 1)[0]
+        return (inspect.getdoc(self.known[self.name]) or "").split("\n", 1)[0]
 
     def __call__(self) -> str:
-        """``"passed"``, ``"not applicable: why"``, or ``"exception: why"``."""
+        """``"passed"``, ``"passed: what was seen"``, ``"not applicable: why"``, or ``"exception: why"``."""
+        who = f"{self.kind} {self.subject.name!r}"
         try:
-            CHECKS[self.name](self.loss)
-            outcome = "passed"
+            seen = self.known[self.name](self.subject)
+            outcome = "passed" if seen is None else f"passed: {seen}"
         except NotApplicable as reason:
             outcome = f"not applicable: {reason}"
-        except Exception as error:  # whatever a user's loss raises on a plain record is a failure of the check
+        except Exception as error:  # whatever a user's code raises on plain input is a failure of the check
             if self.exception is not None:
                 return f"exception: {self.exception}"
             if isinstance(error, ContractError):
                 told = str(error)
-            elif self.name != FIRST and breaks(self.loss, FIRST):  # one fault is told once, not by every check
-                return f"not applicable: it raised {type(error).__name__}, and {FIRST!r} is to pass first"
+            elif self.name != self.first and self._told(error):  # one fault is told once, not by every check
+                return f"not applicable: it raised {type(error).__name__}, and {self.first!r} is to pass first"
             else:
-                told = _raised(self.loss, error)
-            raise ContractError(f"loss {self.loss.name!r} breaks {self.name!r} ({self.line}) {told}") from error
+                told = self._words(error)
+            raise ContractError(f"{who} breaks {self.name!r} ({self.line}) {told}") from error
         if self.exception is not None and self.insists:
             raise ContractError(
-                f"loss {self.loss.name!r} declares an exception from {self.name!r} ({self.exception}), but it holds "
-                f"({outcome}): remove the exception."
+                f"{who} declares an exception from {self.name!r} ({self.exception}), but it holds ({outcome}): remove "
+                "the exception."
             )
         return outcome
+
+    def _told(self, error: Exception) -> bool:
+        """Whether the first check tells of this error already."""
+        return breaks(self.subject, self.first)
+
+    def _words(self, error: Exception) -> str:
+        return _raised(self.subject, error)
 
 
 def loss_checks(loss: str | Callable[..., LossOut] | Loss, /, **options: Any) -> Iterator[Check]:
@@ -116,47 +128,26 @@ def loss_checks(loss: str | Callable[..., LossOut] | Loss, /, **options: Any) ->
 
 
 @dataclass(frozen=True)
-class AlgorithmCheck:
-    """One check of one algorithm. Call it: it returns how it went, or raises ``ContractError``."""
+class AlgorithmCheck(Check):
+    """One check of one algorithm, on one thread: its tensors are so small that a second one makes it slower."""
 
-    name: str
-    subject: Subject
-    exception: str | None = None
-    insists: bool = True  # that the exception is needed
-
-    @property
-    def line(self) -> str:
-        """What the check demands."""
-        return (inspect.getdoc(ALGORITHM_CHECKS[self.name]) or "").split("\n", 1)[0]
+    kind = "algorithm"
+    known = ALGORITHM_CHECKS
+    first = FIRST_RUN
 
     def __call__(self) -> str:
-        """``"passed"``, ``"passed: what was seen"``, ``"not applicable: why"``, or ``"exception: why"``.
-
-        On one thread: the tensors are so small that a second one makes it slower.
-        """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            seen = ALGORITHM_CHECKS[self.name](self.subject)
-            outcome = "passed" if seen is None else f"passed: {seen}"
-        except NotApplicable as reason:
-            outcome = f"not applicable: {reason}"
-        except Exception as error:  # whatever a user's part raises in a plain run is a failure of the check
-            if self.exception is not None:
-                return f"exception: {self.exception}"
-            known = isinstance(error, ContractError)
-            if not known and self.name != FIRST_RUN and self.subject.fault == type(error).__name__:  # told once
-                return f"not applicable: it raised {type(error).__name__}, and {FIRST_RUN!r} is to pass first"
-            told = str(error) if known else f"It raised {type(error).__name__}: {error}"
-            raise ContractError(f"algorithm {self.subject.name!r} breaks {self.name!r} ({self.line}) {told}") from error
+            return super().__call__()
         finally:
             torch.set_num_threads(threads)
-        if self.exception is not None and self.insists:
-            raise ContractError(
-                f"algorithm {self.subject.name!r} declares an exception from {self.name!r} ({self.exception}), but it "
-                f"holds ({outcome}): remove the exception."
-            )
-        return outcome
+
+    def _told(self, error: Exception) -> bool:
+        return bool(self.subject.fault == type(error).__name__)
+
+    def _words(self, error: Exception) -> str:
+        return f"It raised {type(error).__name__}: {error}"
 
 
 def algorithm_checks(

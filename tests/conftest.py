@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before any test imports them; processes that tests start inherit these.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,6 +35,23 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set PREFZOO_DATA to a folder that holds it")
     return folder
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every engine that ``train`` makes during the test."""
+    from prefzoo.training import setup
+    from prefzoo.training.engine import Engine
+
+    made: list[Engine] = []
+
+    class Spy(Engine):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+            made.append(self)
+
+    monkeypatch.setattr(setup, "Engine", Spy)
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 import prefzoo
 import prefzoo.rollout.loop as loop_module
 import prefzoo.training.engine as engine_module
-import prefzoo.training.setup as training_setup
 from prefzoo.algorithm import Algorithm, Schedule, algorithm_entry, create_algorithm
 from prefzoo.data.tokens import tokenise
 from prefzoo.models.heads import QHeads, new_heads
@@ -131,20 +130,6 @@ def gambler(start: Start) -> Start:
     rows = [{"prompt": "b or c:", "completion": answer} for answer in (" b", " b", " b", " c")]
     run = start.fit("sft", rows, optimizer="adamw", learning_rate=3e-3, max_steps=40, rows_per_step=4)
     return replace(start, model=run.model)
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
-    """Every engine that ``train`` makes during the test."""
-    made: list[Engine] = []
-
-    class Spy(Engine):
-        def __init__(self, *args: Any, **keywords: Any) -> None:
-            super().__init__(*args, **keywords)
-            made.append(self)
-
-    monkeypatch.setattr(training_setup, "Engine", Spy)
-    return made
 
 
 def flat(module: nn.Module) -> Tensor:
@@ -350,7 +335,7 @@ def test_needs_are_complete_and_minimal(name: str, start: Start, engines: list[E
     assert (engine.reference is not None) == ("reference" in held)
     # A stored reference is a set of numbers: no second model is held for it.
     assert engine.reference is None or (engine.reference is not engine.policy) == live
-    assert (engine.critic is not None) == ("critic" in held)
+    assert ("critic" in engine.critics) == ("critic" in held)
     assert (engine.reward is not None) == (stage.on_policy and "reward" in held)
 
 
@@ -392,7 +377,7 @@ def test_a_missing_reward_is_no_reward(name: str, start: Start, engines: list[En
     hidden = iter([[None] * 12] * 2)
     run = start.fit(small(name, **options), reward=lambda completions: next(hidden), output_dir=tmp_path / "none")
     assert torch.equal(flat(engines[0].policy), flat(start.model)), "rewards all missing, and yet the policy moved"
-    assert name != "ppo" or torch.equal(flat(engines[0].critic), flat(fresh("critic", start)))
+    assert name != "ppo" or torch.equal(flat(engines[0].critics["critic"]), flat(fresh("critic", start)))
     assert all(row["reward_missing"] == 1.0 and "reward" not in row for row in run.history)
     assert_json(tmp_path / "none" / "samples.jsonl")
     assert_json(tmp_path / "none" / "metrics.jsonl")

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import prefzoo
-import prefzoo.training.setup as training_setup
 from prefzoo.models.load import learn_tokenizer, tiny_model
 from prefzoo.models.reference import weights_hash
 from prefzoo.models.roles import Policy, is_adapter
@@ -46,19 +45,6 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Fit:
         return prefzoo.train(algorithm, model=folder, dataset=dataset, **{**QUICK, **options})
 
     return train
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
-    made: list[Engine] = []
-
-    class Spy(Engine):
-        def __init__(self, *args: Any, **keywords: Any) -> None:
-            super().__init__(*args, **keywords)
-            made.append(self)
-
-    monkeypatch.setattr(training_setup, "Engine", Spy)
-    return made
 
 
 def numbers(run: Run) -> list[dict[str, float]]:

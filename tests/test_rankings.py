@@ -77,20 +77,6 @@ def words() -> PreTrainedTokenizerBase:
     return learn_tokenizer([json.dumps(rows) for rows in DATA.values()], 300)
 
 
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
-    """Every engine that ``train`` makes during the test."""
-    made: list[Engine] = []
-
-    class Spy(Engine):
-        def __init__(self, *args: Any, **keywords: Any) -> None:
-            super().__init__(*args, **keywords)
-            made.append(self)
-
-    monkeypatch.setattr(training_setup, "Engine", Spy)
-    return made
-
-
 def fit(name: str | Algorithm, words: PreTrainedTokenizerBase, dataset: Any = None, **options: Any) -> Run:
     known = create_algorithm(name).data if isinstance(name, str) else name.data
     options = {"model": tiny_model(words), **QUICK, **options}

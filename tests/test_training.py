@@ -513,7 +513,7 @@ def test_a_critic_from_a_reward_model_gets_an_adapter_too():
     quick |= {"model": tiny_model(words), "tokenizer": words, "reward": new_scorer(Policy(tiny_model(words)))}
     run = prefzoo.steps("ppo", dataset=PAIRS, max_steps=1, critic_from="reward", lora=True, inner_epochs=1, **quick)
     next(run)
-    moving = [k for k, p in run.engine.critic.named_parameters() if p.requires_grad]
+    moving = [k for k, p in run.engine.critics["critic"].named_parameters() if p.requires_grad]
     assert any(is_adapter(k) for k in moving) and all(is_adapter(k) or k.startswith("head.") for k in moving)
 
 

@@ -41,6 +41,13 @@ class Moving:
     def begin(self, reference: nn.Module) -> None:
         """Called once, before the first step, with the reference as it starts."""
 
+    def begin_round(self, reference: nn.Module, policy: nn.Module) -> None:
+        """Called at the beginning of every rollout step."""
+
+    def due(self, step: int) -> bool:
+        """Whether it moves now that so many optimizer steps are done."""
+        return step % self.every == 0
+
     def kept(self) -> Mapping[str, Tensor]:
         """What it holds beside the reference's weights, itself, for checkpoints."""
         return {}
@@ -112,3 +119,9 @@ class EachRound(Moving):
 
     alpha: float = 1.0
     every: int = 1
+
+    def begin_round(self, reference: nn.Module, policy: nn.Module) -> None:
+        self.follow(reference, policy)
+
+    def due(self, step: int) -> bool:
+        return False

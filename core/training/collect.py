@@ -15,7 +15,7 @@ from prefzoo.data.samples import Ragged, Samples
 from prefzoo.models.load import end_ids
 from prefzoo.models.roles import Policy
 from prefzoo.parts.credit import sequence_kl
-from prefzoo.parts.reference import EachRound
+from prefzoo.parts.reference import Moving
 from prefzoo.parts.roles import REFERENCE, REWARD, TEACHER, critic_of_role, of_critic
 from prefzoo.parts.source import Rollouts
 from prefzoo.processes import ALONE
@@ -33,6 +33,7 @@ class Collector(Crew):
     log: RunLog
     now: Meter  # of this step
     spent: Any
+    moving: Moving | None  # what the reference follows the policy by
     pool: Samples | None  # of a replay
     generated: int  # tokens that were written for the newest samples, by all processes
     measured: dict[str, tuple[float, int]]  # what controllers follow: the mean, and of how many
@@ -44,9 +45,9 @@ class Collector(Crew):
         """Sample, score, keep, credit: what this rollout step trains on."""
         stage, source = self.stage, self.stage.source
         assert isinstance(source, Rollouts)
-        if isinstance(stage.reference, EachRound):
+        if self.moving is not None:
             assert self.reference is not None
-            stage.reference.follow(self.reference, self.policy)
+            self.moving.begin_round(self.reference, self.policy)
         shown = (step + 1) % self.config.logging_steps == 0 or step == 0 or step == total - 1
         samples, scores = self._scored_samples(step, self._prompts(step), "rollout", shown)
         if stage.keep is not None:

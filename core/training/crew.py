@@ -59,10 +59,6 @@ class Crew:
     shown_columns: Mapping[str, Sequence[Any]]  # what a reward function wants beside its samples
 
     @property
-    def critic(self) -> Scorer | None:
-        return self.critics.get(CRITIC)
-
-    @property
     def total_steps(self) -> int:
         raise NotImplementedError
 

@@ -24,7 +24,7 @@ from prefzoo.models.roles import Policy, Scorer
 from prefzoo.models.roles import Scores as ModelScores
 from prefzoo.models.teacher import with_teacher
 from prefzoo.models.tree import TreeBatch, micro_batches, shares
-from prefzoo.parts.reference import EachRound, Moving
+from prefzoo.parts.reference import Moving
 from prefzoo.parts.roles import HEADS, POLICY, REFERENCE, REWARD, critic_of_role, of_critic
 from prefzoo.parts.source import Rollouts, Sampler
 from prefzoo.processes import ALONE, Processes
@@ -616,8 +616,7 @@ class Engine(Collector):
         first = next(iter(self.trained.values()))
         self.now.add("learning_rate", first.peak * factor)
         self.spent.optimizer_steps += 1
-        each_round = isinstance(self.moving, EachRound)
-        if self.moving is not None and not each_round and self.spent.optimizer_steps % self.moving.every == 0:
+        if self.moving is not None and self.moving.due(self.spent.optimizer_steps):
             assert self.reference is not None
             self.moving.follow(self.reference, self.policy, self.spent.optimizer_steps)
 
