@@ -23,7 +23,8 @@ from prefzoo.parts.credit import GroupRelative, LeaveOneOut
 from prefzoo.parts.critics import GAE, MacroActions, RunningScale
 from prefzoo.parts.feedback import MaskTruncated, Verifier
 from prefzoo.parts.keep import InTurn, MixedGroups, SoftOverlong
-from prefzoo.parts.reference import Moving
+from prefzoo.parts.reference import EachRound, Moving
+from prefzoo.parts.replay import Replay
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Finish
 from prefzoo.theory.enumerable_lm import EnumerableWorld
@@ -431,3 +432,33 @@ def test_a_mask_that_follows_is_copied_after_so_many_samplings(world: Enumerable
     nlpo = create_algorithm("nlpo", mask_every=3, inner_epochs=2, minibatches=4)
     assert nlpo.stages[0].reference == Moving(alpha=1.0, every=24)
     assert nlpo.stages[0].source.mask_top_p == 0.9
+
+
+# ------------------------------------------------------------------------------------- what a round begins with
+
+
+def test_every_round_is_held_to_the_policy_that_begins_it(world: EnumerableWorld) -> None:
+    kl = {}
+    for reference in ("round", "start"):
+        algorithm = create_algorithm("iterative_dpo", reference=reference)
+        ended = trained(world, algorithm, max_steps=3)
+        kl[reference] = [row["kl"] for row in ended.run.history]
+    assert max(map(abs, kl["round"])) < 1e-6, "nobody has moved since the copy"
+    assert abs(kl["start"][0]) < 1e-6 and min(map(abs, kl["start"][1:])) > 1e-3, "who is held to the start has"
+    assert not any(EachRound().due(step) for step in range(3)), "between rounds it stays"
+
+
+def test_a_pool_forgets_the_oldest() -> None:
+    pool, scores = None, SCORES
+    for seed in range(3):
+        pool, found = Replay(8).add(pool, made(seed=seed), scores + seed)
+        assert len(pool) == len(found) == min(8, 6 * (seed + 1))
+    assert found.tolist() == [*(SCORES + 1).tolist()[4:], *(SCORES + 2).tolist()]
+    kept, found = Replay(8).add(None, made(), MISSING)
+    assert found.tolist() == MISSING[~MISSING.isnan()].tolist() and len(kept) == 4, "what nobody scored does not enter"
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_max", "ma_ppo", "a2c"])
+def test_without_a_weight_of_the_kl_no_reference_is_loaded(name: str) -> None:
+    assert "reference" in create_algorithm(name, kl=0.1).needs
+    assert "reference" not in create_algorithm(name, kl=0.0).needs
