@@ -30,7 +30,7 @@ import pytest
 import torch
 
 from prefzoo import benchmarks, cli
-from prefzoo.benchmarks import jobs, tasks
+from prefzoo.benchmarks import jobs, tasks, work
 from prefzoo.benchmarks.jobs import Job, Outcome, keys_of, run_jobs
 from prefzoo.locks import locked
 from prefzoo.models.load import learn_tokenizer, load_scorer, new_scorer, save_scorer, tiny_model
@@ -263,7 +263,7 @@ def test_a_worker_that_outlived_its_suite_keeps_the_next_one_out_of_its_job(
 def test_a_job_that_another_process_keeps_is_told(
     shop: SimpleNamespace, in_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "PATIENCE", 0.0)
+    monkeypatch.setattr(work, "PATIENCE", 0.0)
     line = [shop.job("a")]
     whole = shop.folder(line, "a")
     whole.parent.mkdir(parents=True)
