@@ -47,6 +47,8 @@ class Job:
         role: shared, trial, choice, cell or judgement; no part of the key.
         memory: bytes that it is expected to need, of the GPU if it wants one, else of the machine; 0: unknown.
         on_device: whether it wants a GPU. Without one it runs on the CPU.
+        optional: names of inputs whose jobs may fail. It is done without these then, in a folder of another name, so
+            that it is done again when they are there.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Job:
     role: str = "shared"
     memory: int = 0
     on_device: bool = False
+    optional: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,13 +150,22 @@ def run_jobs(
                 if signals.seen:
                     raise Stopped(signals.seen[0])
                 for job in sorted(waiting, key=lambda j: -j.weight):
-                    broken = [n for n in job.needs.values() if n in done and done[n].error]
+                    failed = {k for k, n in job.needs.items() if n in done and done[n].error}
+                    broken = [job.needs[k] for k in sorted(failed - set(job.optional))]
                     if broken:
                         waiting.remove(job)
                         finish(job, None, f"it needs {broken[0]}, which failed")
                     elif all(n in done for n in job.needs.values()):
+                        inputs = {k: done[n].folder for k, n in job.needs.items() if k not in failed}
+                        if failed:
+                            folders[job.name] = _without(folders[job.name], failed)
+                            facts = work.finished(folders[job.name])
+                            if facts is not None:
+                                waiting.remove(job)
+                                finish(job, facts, reused=True)
+                                continue
                         try:
-                            started = crew.start(job, {k: folders[n] for k, n in job.needs.items()}, folders[job.name])
+                            started = crew.start(job, inputs, folders[job.name])
                         except UsageError as error:
                             waiting.remove(job)
                             finish(job, None, str(error))
@@ -181,3 +193,9 @@ def run_jobs(
                 error.args = (f"stopped: {whole} of {len(jobs)} jobs are done; the same command goes on",)
             raise
     return done
+
+
+def _without(folder: Path, failed: set[str]) -> Path:
+    """Where a job is done without some of its inputs."""
+    left = hashlib.sha256(json.dumps(sorted(failed)).encode()).hexdigest()[:4]
+    return folder if folder.name.endswith(f"-without-{left}") else folder.with_name(f"{folder.name}-without-{left}")
