@@ -81,8 +81,8 @@ def curve_points(file: Path) -> Rows:
         for name in MEASURED:
             known = name in table.column_names
             values = np.asarray(table[name], dtype=np.float64)[at] if known else None
-            mean = None if values is None else statistics.estimate((np.bincount(prompt[at], values) / answers_N)[None])
-            row |= {name: None if mean is None else mean.mean, f"{name}_se": None if mean is None else mean.se}
+            mean = None if values is None else statistics.mean((np.bincount(prompt[at], values) / answers_N)[None])
+            row |= {name: None if mean is None else mean.estimate, f"{name}_se": None if mean is None else mean.se}
         rows.append(row)
     return rows
 

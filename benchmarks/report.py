@@ -37,7 +37,7 @@ def ranked(task: Result) -> list[tuple[str, Result]]:
 
     def order(item: tuple[str, Result]) -> tuple[bool, float]:
         name, method = item
-        win = method.get("against_start", {}).get("win", {}).get("mean", 0.5)
+        win = method.get("against_start", {}).get("win", {}).get("estimate", 0.5)
         return name in ("start", "sft_more"), -win
 
     return sorted(task["methods"].items(), key=order)
@@ -106,12 +106,13 @@ def markdown(results: Result) -> str:
 def interval_text(estimate: Result) -> str:
     """``64.2 % (62.1 to 66.3)``."""
     low, high = _shares(estimate)
-    return f"{100 * estimate['mean']:.1f} % ({low:.1f} to {high:.1f})"
+    return f"{100 * estimate['estimate']:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def _shares(estimate: Result) -> tuple[float, float]:
     """The interval of a share in percent; a t interval of few seeds can reach beyond what a share can be."""
-    return max(100 * estimate["low"], 0.0), min(100 * estimate["high"], 100.0)
+    low, high = estimate["ci"]
+    return max(100 * low, 0.0), min(100 * high, 100.0)
 
 
 def win_text(method: Result, baseline: str) -> str:
@@ -120,7 +121,8 @@ def win_text(method: Result, baseline: str) -> str:
     if against is None:
         return "–"
     win = against["win"]
-    clear = win["low"] > 0.5 or win["high"] < 0.5
+    low, high = win["ci"]
+    clear = low > 0.5 or high < 0.5
     return f"**{interval_text(win)}**" if clear else interval_text(win)
 
 
@@ -129,19 +131,21 @@ def mean_text(method: Result, column: str, *, bare: bool = False) -> str:
     estimate = method["means"].get(column)
     if estimate is None:
         return "–"
-    half = (estimate["high"] - estimate["low"]) / 2
+    half = (estimate["ci"][1] - estimate["ci"][0]) / 2
     digits = 1 if column == "tokens" else 2
-    mean = f"{estimate['mean']:.{digits}f}"
+    mean = f"{estimate['estimate']:.{digits}f}"
     return mean if bare or not math.isfinite(half) else f"{mean} ± {half:.{digits}f}"
 
 
 def points_text(difference: Result) -> str:
     """A difference of shares in percentage points with its interval."""
-    return f"{100 * difference['mean']:+.1f} ({100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"
+    low, high = difference["ci"]
+    return f"{100 * difference['estimate']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def signed_text(difference: Result) -> str:
-    return f"{difference['mean']:+.2f} ({difference['low']:+.2f} to {difference['high']:+.2f})"
+    low, high = difference["ci"]
+    return f"{difference['estimate']:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def terminal(results: Result, width: int = 120) -> str:
@@ -191,7 +195,7 @@ def terminal(results: Result, width: int = 120) -> str:
         if "judge_accuracy" in task:
             accuracy = task["judge_accuracy"]
             console.print(
-                f"  judge agrees with people in {interval_text({**accuracy, 'mean': accuracy['share']})} of "
+                f"  judge agrees with people in {interval_text(accuracy)} of "
                 f"{accuracy['n']} test pairs (a coin: 50 %)", highlight=False,
             )  # fmt: skip
         for method_name, curve in task["curves"].items():
@@ -215,7 +219,7 @@ def _plain_win(method: Result, baseline: str) -> str:
     if against is None:
         return "–"
     low, high = _shares(against["win"])
-    return f"{100 * against['win']['mean']:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{100 * against['win']['estimate']:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def draw(results: Result, path: Path) -> None:
@@ -262,9 +266,9 @@ def _draw_wins(axis: Any, name: str, task: Result) -> None:
     ]
     for place, (method, value) in enumerate(reversed(shown)):
         colour = GREY if method == "sft_more" else BLUE
-        low, high = (100 * value["low"], 100 * value["high"]) if checked else _shares(value)
+        low, high = (100 * value["ci"][0], 100 * value["ci"][1]) if checked else _shares(value)
         axis.plot([low, high], [place, place], color=colour, lw=2.2, solid_capstyle="round")
-        axis.plot(100 * value["mean"], place, "o", color=colour, ms=6)
+        axis.plot(100 * value["estimate"], place, "o", color=colour, ms=6)
     axis.axvline(0 if checked else 50, color="black", lw=0.8, ls=":")
     axis.set_yticks(range(len(shown)), [m for m, _ in reversed(shown)], fontsize=6.5 if _dense(task) else None)
     axis.set_ylim(-0.6, len(shown) - 0.4)
@@ -278,15 +282,15 @@ def _draw_frontier(axis: Any, task: Result) -> None:
     named = {*order[:12], "start", "sft_more"} if _dense(task) else {*order}
     for method, x in ranked(task):
         kl, score = x["means"]["kl"], x["means"][task["metric"]]
-        distance = math.sqrt(max(kl["mean"], 0.0))
+        distance = math.sqrt(max(kl["estimate"], 0.0))
         colour = GREY if method in ("start", "sft_more") else BLUE
-        error = (score["high"] - score["low"]) / 2
+        error = (score["ci"][1] - score["ci"][0]) / 2
         axis.errorbar(
-            distance, score["mean"], yerr=error if math.isfinite(error) else None, fmt="o", color=colour, ms=5, lw=1.2
+            distance, score["estimate"], yerr=error if math.isfinite(error) else None, fmt="o", color=colour, ms=5, lw=1.2
         )
         if method in named:
-            axis.annotate(method, (distance, score["mean"]), xytext=(5, 3), textcoords="offset points", fontsize=7.5)
-    scores = [x["means"][task["metric"]]["mean"] for x in task["methods"].values()]
+            axis.annotate(method, (distance, score["estimate"]), xytext=(5, 3), textcoords="offset points", fontsize=7.5)
+    scores = [x["means"][task["metric"]]["estimate"] for x in task["methods"].values()]
     room = 0.2 * (max(scores) - min(scores)) + 1e-3  # for the points; the interval of a collapsed method may leave it
     axis.set_ylim(min(scores) - room, max(scores) + room)
     axis.margins(x=0.18)

@@ -118,7 +118,7 @@ def _method(
         "seeds": len(outcomes),
         "cells": [o.key for o in outcomes],
         "means": {
-            c: statistics.estimate(mine.mean_SN(c), clusters=mine.clusters).to_dict()
+            c: statistics.mean(mine.mean_SN(c), clusters=mine.clusters).to_dict()
             for c in REPORTED
             if c in mine.columns
         },
@@ -138,7 +138,7 @@ def _method(
         )
         ties = (mine.columns[task.metric] == base.columns[task.metric]).mean()
         out[f"against_{baseline}"] = {
-            "win": statistics.estimate(wins_SN, clusters=mine.clusters, null=0.5).to_dict(),
+            "win": statistics.win_rate(wins_SN, clusters=mine.clusters).to_dict(),
             "difference": difference.to_dict(),
             "ties": float(ties),
             "win_range_over_seeds": [float(wins_SN.mean(1).min()), float(wins_SN.mean(1).max())],
@@ -161,7 +161,7 @@ def _pairs(task: Task, answers: Mapping[str, Answers], verdicts: str = "all") ->
         chosen = ((n, verdicts) for n in names if n != verdicts and verdicts in answers)
     for a, b in chosen:
         gap = statistics.difference(against[a], against[b], paired_seeds=True, clusters=clusters)
-        head = statistics.estimate(answers[a].wins_SN(answers[b], task.metric), clusters=clusters, null=0.5)
+        head = statistics.win_rate(answers[a].wins_SN(answers[b], task.metric), clusters=clusters)
         gaps.append(gap)
         rows.append({"a": a, "b": b, "head_to_head": head.to_dict(), "difference": gap.to_dict()})
     adjusted = statistics.holm([g.p for g in gaps]).tolist() if gaps else []
@@ -201,7 +201,7 @@ def _curves(cells: Mapping[str, list[Outcome]], metric: str) -> dict[str, Any]:
         entry: dict[str, Any] = {
             "steps": steps,
             "means": {c: by_step(c).mean((1, 2)).tolist() for c in columns},
-            "errors": [statistics.estimate(t).se for t in truth],
+            "errors": [statistics.mean(t).se for t in truth],
             "peak_step": steps[peak],
             "end_minus_peak": statistics.difference(truth[-1], truth[peak], paired_seeds=True).to_dict(),
         }

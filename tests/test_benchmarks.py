@@ -324,19 +324,19 @@ def test_every_win_rate_follows_from_the_stored_rows(finished: Finished) -> None
             y_N = np.where(a > b, 1.0, np.where(a == b, 0.5, 0.0)).mean(-1)[0]
             if baseline in ("start", "sft_more"):
                 facts = task["methods"][method][f"against_{baseline}"]
-                found = [facts["win"][k] for k in ("mean", "low", "high")]
+                found = [facts["win"]["estimate"], *facts["win"]["ci"]]
                 assert found == pytest.approx(interval(y_N, clusters), abs=1e-12)
-                found = [facts["difference"][k] for k in ("mean", "low", "high")]
+                found = [facts["difference"]["estimate"], *facts["difference"]["ci"]]
                 assert found == pytest.approx(interval((a - b).mean(-1)[0], clusters), abs=1e-12)
                 assert facts["ties"] == pytest.approx((a == b).mean())
                 decided += (a != b).sum()
             for pair in task["pairs"]:
                 if (pair["a"], pair["b"]) == (method, baseline):
-                    head = [pair["head_to_head"][k] for k in ("mean", "low", "high")]
+                    head = [pair["head_to_head"]["estimate"], *pair["head_to_head"]["ci"]]
                     assert head == pytest.approx(interval(y_N, clusters), abs=1e-12)
         for method, facts in task["methods"].items():
             for column, mean in facts["means"].items():
-                assert mean["mean"] == pytest.approx(judged(rows, method, column).mean(), abs=1e-9)
+                assert mean["estimate"] == pytest.approx(judged(rows, method, column).mean(), abs=1e-9)
     assert decided > 50, "a test of ties alone would prove nothing"
 
 
@@ -357,12 +357,12 @@ def test_the_start_ties_with_itself(finished: Finished) -> None:
     for name, task in finished.results["tasks"].items():
         file = next((finished.folder / "cells").glob(f"{name}-start-0-*/rows.parquet"))
         start, again = Answers.read([file]), Answers.read([file])
-        win = benchmarks.results.statistics.estimate(start.wins_SN(again, task["metric"]), null=0.5)
-        assert (win.mean, win.se, win.low, win.high, win.p) == (0.5, 0.0, 0.5, 0.5, 1.0)
+        win = benchmarks.results.statistics.win_rate(start.wins_SN(again, task["metric"]))
+        assert (win.estimate, win.se, win.ci, win.p) == (0.5, 0.0, (0.5, 0.5), 1.0)
         gap = benchmarks.results.statistics.difference(
             start.mean_SN("kl"), again.mean_SN("kl"), paired_seeds=True, clusters=start.clusters
         )
-        assert (gap.mean, gap.se, gap.p) == (0.0, 0.0, 1.0)
+        assert (gap.estimate, gap.se, gap.p) == (0.0, 0.0, 1.0)
 
 
 def test_verdicts_are_holms_over_all_pairs_of_trained_methods(finished: Finished) -> None:
@@ -386,10 +386,10 @@ def test_swapping_two_methods_negates(finished: Finished) -> None:
     backward = {m: forward[m] for m in ("grpo", "start", "dpo")}
     (one,), (other,) = (benchmarks.results._pairs(task, answers) for answers in (forward, backward))
     assert (one["a"], one["b"]) == (other["b"], other["a"])
-    assert one["head_to_head"]["mean"] == pytest.approx(1 - other["head_to_head"]["mean"], abs=1e-15)
-    assert one["head_to_head"]["low"] == pytest.approx(1 - other["head_to_head"]["high"], abs=1e-15)
-    assert one["difference"]["mean"] == -other["difference"]["mean"] != 0
-    assert one["difference"]["low"] == -other["difference"]["high"]
+    assert one["head_to_head"]["estimate"] == pytest.approx(1 - other["head_to_head"]["estimate"], abs=1e-15)
+    assert one["head_to_head"]["ci"][0] == pytest.approx(1 - other["head_to_head"]["ci"][1], abs=1e-15)
+    assert one["difference"]["estimate"] == -other["difference"]["estimate"] != 0
+    assert one["difference"]["ci"][0] == -other["difference"]["ci"][1]
     assert one["difference"]["p"] == other["difference"]["p"]
 
 
@@ -460,7 +460,7 @@ def test_two_seeds_give_crossed_errors_and_no_stamp(finished: Finished, tmp_path
         rest = table - table.mean(0) - table.mean(1)[:, None] + table.mean()
         residual = (rest**2).sum() / ((n - 1) * (s - 1))
         error = np.sqrt(max(prompts + seeds - residual, prompts, seeds) / (n * s))
-        assert found["mean"] == pytest.approx(table.mean()) and found["se"] == pytest.approx(error)
+        assert found["estimate"] == pytest.approx(table.mean()) and found["se"] == pytest.approx(error)
         assert found["se_seeds"] is not None and found["this_run_only"] is False
     assert facts["win_range_over_seeds"] == pytest.approx([y_SN.mean(1).min(), y_SN.mean(1).max()])
     text, page = benchmarks.report(folder), (folder / "report.md").read_text()
@@ -643,8 +643,8 @@ def test_pairs_end_to_end(finished_pairs: Finished) -> None:
     assert "no answers that a verifier could check" in task["not_applicable"]["rlvr"]
     share, shared = task["judge_accuracy"], task["shared"]
     assert share["n"] == shared["data"]["test"]["rows"]
-    assert share["share"] == round(shared["judge"]["right_on_test_pairs"]) / share["n"]
-    assert 0 <= share["low"] <= share["share"] <= share["high"] <= 1 and share["low"] < share["high"]
+    assert share["estimate"] == round(shared["judge"]["right_on_test_pairs"]) / share["n"]
+    assert 0 <= share["ci"][0] <= share["estimate"] <= share["ci"][1] <= 1 and share["ci"][0] < share["ci"][1]
     assert shared["judge"] != shared["reward_model"]
     rows = finished_pairs.rows("pairs")
     assert not np.allclose(rows["proxy"].astype(float), rows["judge"].astype(float)), "the judge is not the proxy"
@@ -655,7 +655,7 @@ def test_pairs_end_to_end(finished_pairs: Finished) -> None:
     clusters = dict(zip(rows["prompt"], rows["cluster"], strict=True))
     expected = interval(((a > b) + 0.5 * (a == b)).mean(-1)[0], [clusters[i] for i in range(a.shape[1])])
     win = task["methods"]["dpo"]["against_start"]["win"]
-    assert [win[k] for k in ("mean", "low", "high")] == pytest.approx(expected, abs=1e-12)
+    assert [win["estimate"], *win["ci"]] == pytest.approx(expected, abs=1e-12)
 
 
 def test_rows_survive_every_line_separator(tmp_path: Path) -> None:
@@ -842,17 +842,17 @@ def test_compare_finds_the_better_model(two: dict[str, Any]) -> None:
     (pair,) = found.pairs
     answers = {n: np.reshape(likes_a(found.answers[n]), (8, 2)) for n in two}
     wins = (answers["says_a"] > answers["says_b"]) + 0.5 * (answers["says_a"] == answers["says_b"])
-    assert pair["win"]["mean"] == pytest.approx(wins.mean()) and pair["win"]["mean"] > 0.9
+    assert pair["win"]["estimate"] == pytest.approx(wins.mean()) and pair["win"]["estimate"] > 0.9
     assert (pair["a"], pair["b"], pair["verdict"], pair["order_flips"]) == ("says_a", "says_b", "better", None)
     assert "says_a" in str(found) and "better" in str(found)
     (swapped,) = prefzoo.compare(dict(reversed(two.items())), judge=likes_a, **SHORT).pairs
-    assert swapped["win"]["mean"] == pytest.approx(1 - pair["win"]["mean"]) and swapped["verdict"] == "worse"
-    assert swapped["win"]["low"] == pytest.approx(1 - pair["win"]["high"])
+    assert swapped["win"]["estimate"] == pytest.approx(1 - pair["win"]["estimate"]) and swapped["verdict"] == "worse"
+    assert swapped["win"]["ci"][0] == pytest.approx(1 - pair["win"]["ci"][1])
 
 
 def test_a_model_against_itself_is_a_tie(two: dict[str, Any]) -> None:
     (pair,) = prefzoo.compare({"x": two["says_b"], "y": two["says_b"]}, judge=likes_a, **SHORT).pairs
-    assert (pair["win"]["mean"], pair["win"]["se"], pair["ties"], pair["p_holm"]) == (0.5, 0.0, 1.0, 1.0)
+    assert (pair["win"]["estimate"], pair["win"]["se"], pair["ties"], pair["p_holm"]) == (0.5, 0.0, 1.0, 1.0)
     assert pair["verdict"] == "equivalent"
 
 
@@ -865,7 +865,7 @@ def test_a_judge_is_asked_in_both_orders(two: dict[str, Any]) -> None:
 
     found = prefzoo.compare(two, judge=pairwise(first), **SHORT)
     (pair,) = found.pairs
-    assert (pair["win"]["mean"], pair["order_flips"], pair["verdict"]) == (0.5, 1.0, "equivalent")
+    assert (pair["win"]["estimate"], pair["order_flips"], pair["verdict"]) == (0.5, 1.0, "equivalent")
     assert asked[0][1:] == asked[1][:0:-1] == (found.answers["says_a"], found.answers["says_b"])
     assert asked[0][0] == [r["prompt"] for r in PROMPTS for _ in range(2)]
 

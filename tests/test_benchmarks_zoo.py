@@ -199,7 +199,7 @@ def test_nobody_is_dropped(finished: SimpleNamespace) -> None:
 def test_places_are_counted_over_all_groups(finished: SimpleNamespace) -> None:
     page = (finished.folder / "report.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (\w+) \| ([^|]+) \|", page, re.M)
-    wins = {m: x["against_start"]["win"]["mean"] for m, x in finished.results["methods"].items() if m != "start"}
+    wins = {m: x["against_start"]["win"]["estimate"] for m, x in finished.results["methods"].items() if m != "start"}
     places = {name: int(place) for place, name, _ in rows}
     assert sorted(places.values()) == [1, 2, 3, 4, 5] and places["start"] == 5
     assert all(wins[a] >= wins[b] for a, b in itertools.pairwise(sorted(wins, key=lambda m: places[m])))
@@ -229,9 +229,9 @@ def test_the_rows_of_all_kinds_are_the_same_answers(finished: SimpleNamespace) -
 
 
 def test_the_kl_of_a_choice_is_that_of_choosing(finished: SimpleNamespace) -> None:
-    kl = finished.results["methods"]["best_of_n"]["means"]["kl"]["mean"]
+    kl = finished.results["methods"]["best_of_n"]["means"]["kl"]["estimate"]
     assert kl == pytest.approx(math.log(2) - 0.5, abs=1e-5), "the weights are the start's; the choice is not"
-    assert finished.results["methods"]["start"]["means"]["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert finished.results["methods"]["start"]["means"]["kl"]["estimate"] == pytest.approx(0, abs=1e-5)
 
 
 # ---- replications
@@ -327,5 +327,5 @@ def test_everything_that_applies_trains(tmp_path: Path) -> None:
     found = benchmarks.run(suite, out=tmp_path, quiet=True)["tasks"]["requests"]
     assert found["failed"] == {}
     assert len(found["methods"]) + len(found["not_applicable"]) == len(list_algorithms()) + 2
-    kl = np.array([m["means"]["kl"]["mean"] for n, m in found["methods"].items() if n != "start"])
+    kl = np.array([m["means"]["kl"]["estimate"] for n, m in found["methods"].items() if n != "start"])
     assert (np.abs(kl) > 1e-7).mean() > 0.9, "training moves almost every method"

@@ -45,12 +45,12 @@ def test_error_of_a_method_is_the_mean_squares_formula():
     ms_residual = (residual_SN**2).sum() / ((n_seeds - 1) * (n_prompts - 1))
     variance = (ms_prompt + ms_seed - ms_residual) / y_SN.size
     df = variance**2 / ((ms_prompt / y_SN.size) ** 2 / (n_prompts - 1) + (ms_seed / y_SN.size) ** 2 / (n_seeds - 1))
-    method = harness.estimate(y_SN, null=0.45, level=0.9)
-    assert method.mean == pytest.approx(y_SN.mean(), rel=1e-14)
+    method = harness.mean(y_SN, null=0.45, level=0.9)
+    assert method.estimate == pytest.approx(y_SN.mean(), rel=1e-14)
     assert method.se == pytest.approx(math.sqrt(variance), rel=1e-12)
     assert method.df == pytest.approx(df, rel=1e-12)
-    assert method.high - method.mean == pytest.approx(stats.t.ppf(0.95, df) * method.se, rel=1e-12)
-    assert method.p == pytest.approx(2 * stats.t.sf(abs(method.mean - 0.45) / method.se, df), rel=1e-12)
+    assert method.ci[1] - method.estimate == pytest.approx(stats.t.ppf(0.95, df) * method.se, rel=1e-12)
+    assert method.p == pytest.approx(2 * stats.t.sf(abs(method.estimate - 0.45) / method.se, df), rel=1e-12)
     assert method.se_prompts**2 + method.se_seeds**2 == pytest.approx(method.se**2, rel=1e-12)
     assert (method.n_seeds, method.n_prompts, method.n_clusters, method.this_run_only) == (5, 60, 60, False)
 
@@ -75,14 +75,14 @@ def test_error_of_a_method_is_that_of_reml():
         minus_twice_restricted_likelihood, np.log([0.02, 0.05, 0.05]), method="Nelder-Mead", options={"xatol": 1e-7}
     )
     reml_se = (one @ np.linalg.solve(covariance(fit.x), one)) ** -0.5
-    assert harness.estimate(y_SN).se == pytest.approx(reml_se, rel=1e-5)
+    assert harness.mean(y_SN).se == pytest.approx(reml_se, rel=1e-5)
 
 
 def test_error_never_falls_below_that_of_prompts_or_of_seeds_alone():
     random = np.random.default_rng(3)
     for seed_sd, prompt_sd in itertools.product((0, 0.5), (0, 0.5)):
         y_SN = crossed_SN(random, 3, 8, seed_sd, prompt_sd)
-        method = harness.estimate(y_SN)
+        method = harness.mean(y_SN)
         assert method.se >= stats.sem(y_SN.mean(0)) * (1 - 1e-12)
         assert method.se >= stats.sem(y_SN.mean(1)) * (1 - 1e-12)
         assert 0.99 * min(3 - 1, 8 - 1) / 2 < method.df <= 3 + 8 - 2
@@ -90,9 +90,9 @@ def test_error_never_falls_below_that_of_prompts_or_of_seeds_alone():
 
 def test_one_seed_is_the_plain_t_test_and_says_so():
     y_N = np.random.default_rng(4).random(50)
-    method, reference = harness.estimate(y_N[None], null=0.4), stats.ttest_1samp(y_N, 0.4)
+    method, reference = harness.mean(y_N[None], null=0.4), stats.ttest_1samp(y_N, 0.4)
     interval = reference.confidence_interval()
-    assert (method.t, method.p, method.low, method.high) == pytest.approx(
+    assert (method.t, method.p, *method.ci) == pytest.approx(
         (reference.statistic, reference.pvalue, interval.low, interval.high), rel=1e-12
     )
     assert method.df == pytest.approx(49) and method.this_run_only and method.se_seeds is None
@@ -101,17 +101,17 @@ def test_one_seed_is_the_plain_t_test_and_says_so():
 def test_constant_data_has_no_error_and_no_warning():
     for value in (0.5, 0.1, 0.7, 1e9):
         for n_seeds in (1, 4):
-            method = harness.estimate(np.full((n_seeds, 7), value), null=value)
-            assert (method.mean, method.se, method.low, method.high) == (value, 0, value, value)
+            method = harness.mean(np.full((n_seeds, 7), value), null=value)
+            assert (method.estimate, method.se, method.ci) == (value, 0, (value, value))
             assert (method.t, method.p) == (0, 1)
-    certain = harness.estimate(np.ones((3, 5)), null=0.5)
+    certain = harness.mean(np.ones((3, 5)), null=0.5)
     assert (certain.t, certain.p) == (math.inf, 0)
     assert json.loads(json.dumps(certain.to_dict(), allow_nan=False))["t"] is None
 
 
 def test_two_constant_methods_do_not_differ_by_rounding():
     gap = harness.difference(np.full((3, 7), 0.1), np.full((5, 7), 0.1), paired_seeds=False)
-    assert (gap.mean, gap.se, gap.p, gap.smallest_detectable) == (0, 0, 1, 0)
+    assert (gap.estimate, gap.se, gap.p, gap.smallest_detectable) == (0, 0, 1, 0)
 
 
 # ---- two methods
@@ -119,10 +119,10 @@ def test_two_constant_methods_do_not_differ_by_rounding():
 
 def test_identical_outputs_give_exactly_one_half_and_no_error():
     scores_SN = np.random.default_rng(5).normal(size=(5, 100))
-    method = harness.estimate(harness.win(scores_SN, scores_SN), null=0.5)
-    assert (method.mean, method.se, method.p) == (0.5, 0, 1)
+    method = harness.mean(harness.win(scores_SN, scores_SN), null=0.5)
+    assert (method.estimate, method.se, method.p) == (0.5, 0, 1)
     same = harness.difference(scores_SN, scores_SN, paired_seeds=True, bootstrap=50)
-    assert (same.mean, same.se, same.t, same.p, same.smallest_detectable) == (0, 0, 0, 1, 0)
+    assert (same.estimate, same.se, same.t, same.p, same.smallest_detectable) == (0, 0, 0, 1, 0)
     assert (same.bootstrap_se, same.bootstrap_disagrees) == (0, False)
     assert harness.verdict(same, p_holm=1.0) == "equivalent"
 
@@ -132,7 +132,7 @@ def test_identical_outputs_give_exactly_one_half_and_no_error():
 def test_swapping_negates_every_difference(paired_seeds, n_seeds):
     a_SN, b_SN = np.random.default_rng(6).random((2, n_seeds, 30))
     ab, ba = (harness.difference(*pair, paired_seeds=paired_seeds) for pair in ((a_SN, b_SN), (b_SN, a_SN)))
-    assert (ab.mean, ab.t, ab.low, ab.high) == (-ba.mean, -ba.t, -ba.high, -ba.low)
+    assert (ab.estimate, ab.t, *ab.ci) == (-ba.estimate, -ba.t, -ba.ci[1], -ba.ci[0])
     assert (ab.se, ab.df, ab.p, ab.smallest_detectable) == (ba.se, ba.df, ba.p, ba.smallest_detectable)
     verdicts = {harness.verdict(ab, 0.01), harness.verdict(ba, 0.01)}
     assert verdicts == {"better", "worse"}
@@ -152,13 +152,13 @@ def test_independent_seeds_follow_the_specification():
         variance += max(0, seeds - cells)
         denominator += seeds**2 / (len(y_SN) - 1)
     assert (gap.se, gap.df) == pytest.approx((math.sqrt(variance), variance**2 / denominator), rel=1e-12)
-    assert gap.mean == pytest.approx(a_SN.mean() - b_SN.mean(), rel=1e-12)
+    assert gap.estimate == pytest.approx(a_SN.mean() - b_SN.mean(), rel=1e-12)
 
 
 def test_shared_seeds_are_the_estimate_of_the_difference():
     a_SN, b_SN = np.random.default_rng(8).random((2, 4, 30))
-    gap, method = harness.difference(a_SN, b_SN, paired_seeds=True), harness.estimate(a_SN - b_SN, null=0)
-    assert (gap.mean, gap.se, gap.df, gap.p, gap.low) == (method.mean, method.se, method.df, method.p, method.low)
+    gap, method = harness.difference(a_SN, b_SN, paired_seeds=True), harness.mean(a_SN - b_SN, null=0)
+    assert all(getattr(gap, x) == getattr(method, x) for x in ("estimate", "se", "df", "p", "ci"))
 
 
 def test_one_seed_each_is_the_paired_t_test():
@@ -186,13 +186,13 @@ def test_duplicated_prompts_add_nothing_once_they_are_clustered(n_seeds):
     a_SN, b_SN = crossed_SN(random, n_seeds), crossed_SN(random, n_seeds)
     copies_N, labels_N = np.repeat(np.arange(60), 3), [f"question {i}" for i in np.repeat(np.arange(60), 3)]
     for function in (
-        lambda prompts, **options: harness.estimate(a_SN[:, prompts], **options),
+        lambda prompts, **options: harness.mean(a_SN[:, prompts], **options),
         lambda prompts, **options: harness.difference(
             a_SN[:, prompts], b_SN[:, prompts], paired_seeds=False, **options
         ),
     ):
         plain, clustered = function(np.arange(60)), function(copies_N, clusters=labels_N)
-        assert (clustered.mean, clustered.se, clustered.df) == pytest.approx((plain.mean, plain.se, plain.df))
+        assert (clustered.estimate, clustered.se, clustered.df) == pytest.approx((plain.estimate, plain.se, plain.df))
         assert (clustered.n_prompts, clustered.n_clusters) == (180, 60)
         assert function(copies_N).se_prompts < 0.6 * plain.se_prompts
 
@@ -200,7 +200,7 @@ def test_duplicated_prompts_add_nothing_once_they_are_clustered(n_seeds):
 def test_clusters_of_one_prompt_change_nothing():
     y_SN = crossed_SN(np.random.default_rng(12))
     labels = [("book", i) if i % 2 else i for i in range(60)]
-    assert harness.estimate(y_SN, clusters=labels) == harness.estimate(y_SN)
+    assert harness.mean(y_SN, clusters=labels) == harness.mean(y_SN)
 
 
 def test_the_order_of_prompts_and_seeds_does_not_matter():
@@ -213,7 +213,7 @@ def test_the_order_of_prompts_and_seeds_does_not_matter():
         second = harness.difference(
             a_SN[seeds][:, prompts], b_SN[seeds][:, prompts], paired_seeds=paired_seeds, clusters=cluster_N[prompts]
         )
-        for field in ("mean", "se", "df", "low", "high", "p", "se_prompts", "se_seeds", "smallest_detectable"):
+        for field in ("estimate", "se", "df", "ci", "p", "se_prompts", "se_seeds", "smallest_detectable"):
             assert getattr(first, field) == pytest.approx(getattr(second, field), rel=1e-9), field
 
 
@@ -230,7 +230,7 @@ def test_two_way_bootstrap_agrees_with_the_formula(seed_sd, paired_seeds):
 
 def test_two_way_bootstrap_does_not_share_random_bits_with_simulated_data():
     noise_SN = np.random.default_rng(0).random((5, 5000))
-    assert harness.two_way_bootstrap_se(noise_SN, seed=0) == pytest.approx(harness.estimate(noise_SN).se, rel=0.1)
+    assert harness.two_way_bootstrap_se(noise_SN, seed=0) == pytest.approx(harness.mean(noise_SN).se, rel=0.1)
 
 
 def test_two_way_bootstrap_flags_unequal_clusters():
@@ -261,7 +261,7 @@ def test_a_null_experiment_rejects_about_five_percent(n_seeds, seed_sd, paired_s
         a_SN, b_SN = (judged_SN(random, prompt_N, n_seeds, seed_sd, 0.1) for _ in range(2))
         gap = harness.difference(a_SN, b_SN, paired_seeds=paired_seeds)
         crossed += gap.p < 0.05
-        prompts_only += abs(gap.mean) > stats.t.ppf(0.975, 499) * gap.se_prompts
+        prompts_only += abs(gap.estimate) > stats.t.ppf(0.975, 499) * gap.se_prompts
     assert 0.02 < crossed / repetitions < 0.085  # 4 standard errors are 3 points
     if seed_sd:
         assert prompts_only / repetitions > 0.15  # what a paired test over prompts would have claimed
@@ -271,8 +271,8 @@ def test_intervals_of_a_method_cover():
     random = np.random.default_rng(17)
     hits = 0
     for _ in range(600):
-        method = harness.estimate(crossed_SN(random, 4, 50, seed_sd=0.05))
-        hits += method.low < 0.5 < method.high
+        method = harness.mean(crossed_SN(random, 4, 50, seed_sd=0.05))
+        hits += method.ci[0] < 0.5 < method.ci[1]
     assert 0.92 < hits / 600 < 0.985
 
 
@@ -296,8 +296,8 @@ def test_holm_and_benjamini_hochberg():
 def test_holm_lower_bounds_agree_with_the_test():
     random, both_kinds = np.random.default_rng(19), set()
     for _ in range(50):
-        family = [harness.estimate(crossed_SN(random, mean=mean)) for mean in (0.6, 0.65, 0.7, 0.8)]
-        p_K = np.array([stats.t.sf((e.mean - 0.5) / e.se, e.df) for e in family])
+        family = [harness.mean(crossed_SN(random, mean=mean)) for mean in (0.6, 0.65, 0.7, 0.8)]
+        p_K = np.array([stats.t.sf((e.estimate - 0.5) / e.se, e.df) for e in family])
         bounds = harness.holm_lower_bounds(family)
         assert np.array_equal(bounds.exceeds_K, harness.holm(p_K) < 0.025)
         assert (bounds.low_K[bounds.exceeds_K] >= 0.5).all() and (bounds.low_K[~bounds.exceeds_K] <= 0.5).all()
@@ -307,9 +307,9 @@ def test_holm_lower_bounds_agree_with_the_test():
             assert np.array_equal(bounds.low_K, np.maximum(0.5, plain.low_K))
         both_kinds.add(bool(bounds.exceeds_K.all()))
     assert both_kinds == {True, False}
-    alone = harness.estimate(crossed_SN(random, mean=0.9))
-    assert harness.holm_lower_bounds([alone]).low_K.tolist() == pytest.approx([alone.low])
-    certain, tied = harness.estimate(np.ones((2, 9))), harness.estimate(np.full((2, 9), 0.5))
+    alone = harness.mean(crossed_SN(random, mean=0.9))
+    assert harness.holm_lower_bounds([alone]).low_K.tolist() == pytest.approx([alone.ci[0]])
+    certain, tied = harness.mean(np.ones((2, 9))), harness.mean(np.full((2, 9), 0.5))
     assert harness.holm_lower_bounds([certain, tied]).exceeds_K.tolist() == [True, False]
 
 
@@ -318,7 +318,7 @@ def test_holm_lower_bounds_hold_all_at_once(step_down):
     random = np.random.default_rng(20)
     means, wrong = (0.5, 0.5, 0.53, 0.6), 0
     for _ in range(800):
-        family = [harness.estimate(crossed_SN(random, 1, 100, 0, mean=mean)) for mean in means]
+        family = [harness.mean(crossed_SN(random, 1, 100, 0, mean=mean)) for mean in means]
         bounds = harness.holm_lower_bounds(family, level=0.9, step_down=step_down)  # α = 5 %
         claims_above = np.where(bounds.exceeds_K, np.array(means) <= 0.5, False)
         wrong += (claims_above | (bounds.low_K > np.array(means))).any()
@@ -336,7 +336,7 @@ def test_verdicts():
     assert harness.verdict(near, p_holm=0.01) == "worse"
     assert harness.verdict(far, p_holm=far.p) == "worse"
     assert harness.verdict(vague, p_holm=0.8) == "undecided"
-    edge = abs(near.mean) + stats.t.ppf(0.95, near.df) * near.se
+    edge = abs(near.estimate) + stats.t.ppf(0.95, near.df) * near.se
     assert harness.equivalence(near, edge * 1.0001) and not harness.equivalence(near, edge * 0.9999)
 
 
@@ -372,8 +372,8 @@ def test_permutation_of_seed_labels():
     exact = harness.permutation_test(a_SN, b_SN, paired_seeds=False)
     means_U = np.concatenate([a_SN.mean(1), b_SN.mean(1)])
     splits = [means_U[list(s)].mean() - np.delete(means_U, s).mean() for s in itertools.combinations(range(9), 5)]
-    assert exact.p == pytest.approx(np.mean(np.abs(splits) >= abs(exact.mean) - 1e-12))
-    assert np.mean(np.array(splits) >= exact.mean - 1e-12) == pytest.approx(reference.pvalue)
+    assert exact.p == pytest.approx(np.mean(np.abs(splits) >= abs(exact.estimate) - 1e-12))
+    assert np.mean(np.array(splits) >= exact.estimate - 1e-12) == pytest.approx(reference.pvalue)
     drawn = harness.permutation_test(a_SN, b_SN, paired_seeds=False, max_relabellings=100)
     assert drawn.p == pytest.approx(exact.p, abs=0.15) and drawn.relabellings == 100
     assert harness.permutation_test(a_SN, a_SN, paired_seeds=True).p == 1
@@ -393,8 +393,8 @@ def test_wilson():
     for successes, n in ((0, 5), (5, 5), (7, 20), (333, 805)):
         reference = stats.binomtest(successes, n).proportion_ci(method="wilson")
         interval = harness.wilson(successes, n)
-        assert (interval.low, interval.high) == pytest.approx((reference.low, reference.high), abs=1e-12)
-        assert interval.low <= interval.share <= interval.high
+        assert interval.ci == pytest.approx((reference.low, reference.high), abs=1e-12)
+        assert interval.ci[0] <= interval.estimate <= interval.ci[1]
 
 
 # ---- several samples
@@ -423,18 +423,18 @@ def test_best_of_n_by_enumeration():
             ])
             for proxy_N, gold_N in zip(proxy_PN, gold_PN, strict=True)
         ]  # fmt: skip
-        assert harness.best_of_n_reward(proxy_PN, gold_PN, n) == pytest.approx(expected_P)
-        assert harness.best_of_n_reward(proxy_PN[0], gold_PN[0], n) == pytest.approx(expected_P[0])
+        assert harness.best_of_n(proxy_PN, gold_PN, n) == pytest.approx(expected_P)
+        assert harness.best_of_n(proxy_PN[0], gold_PN[0], n) == pytest.approx(expected_P[0])
     ranks = np.arange(1, 1001) / 1000
-    assert harness.best_of_n_reward(ranks, ranks, 500) == pytest.approx(500 * 1001 / 501 / 1000)  # n (N+1)/(n+1)
+    assert harness.best_of_n(ranks, ranks, 500) == pytest.approx(500 * 1001 / 501 / 1000)  # n (N+1)/(n+1)
 
 
-def test_best_of_n_kl_is_that_of_the_largest_of_n_uniforms():
+def test_kl_best_of_n_is_that_of_the_largest_of_n_uniforms():
     for n in (1, 2, 16):
         u = (np.arange(200_000) + 0.5) / 200_000  # density of the maximum is n u^(n-1)
         numeric = np.mean(n * u ** (n - 1) * np.log(n * u ** (n - 1)))
-        assert harness.best_of_n_kl(n) == pytest.approx(numeric, abs=1e-4)
-    assert harness.best_of_n_kl([1, 4]) == pytest.approx([0, math.log(4) - 0.75])
+        assert harness.kl_best_of_n(n) == pytest.approx(numeric, abs=1e-4)
+    assert harness.kl_best_of_n([1, 4]) == pytest.approx([0, math.log(4) - 0.75])
 
 
 # ---- power
@@ -491,12 +491,12 @@ def test_a_difference_of_the_smallest_detectable_size_is_found_four_times_in_fiv
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: harness.estimate([[0.5, 0.5], [0.5, math.nan]]), "seed row 1, prompt 1 is nan"),
-        (lambda: harness.estimate([[0.5]]), "single prompt"),
-        (lambda: harness.estimate([0.5, 0.6]), r"shape \(2,\), expected \(seeds, prompts\)"),
-        (lambda: harness.estimate(np.ones((2, 3)), clusters=[1, 1, 1]), "all 3 prompts are in one cluster"),
-        (lambda: harness.estimate(np.ones((2, 3)), clusters=[1, 2]), "2 cluster labels for 3 prompts"),
-        (lambda: harness.estimate(np.ones((2, 3)), level=95), "level = 95"),
+        (lambda: harness.mean([[0.5, 0.5], [0.5, math.nan]]), "seed row 1, prompt 1 is nan"),
+        (lambda: harness.mean([[0.5]]), "single prompt"),
+        (lambda: harness.mean([0.5, 0.6]), r"shape \(2,\), expected \(seeds, prompts\)"),
+        (lambda: harness.mean(np.ones((2, 3)), clusters=[1, 1, 1]), "all 3 prompts are in one cluster"),
+        (lambda: harness.mean(np.ones((2, 3)), clusters=[1, 2]), "2 cluster labels for 3 prompts"),
+        (lambda: harness.mean(np.ones((2, 3)), level=95), "level = 95"),
         (lambda: harness.difference(np.ones((2, 3)), np.ones((2, 4)), paired_seeds=False), r"\(2, 3\).*\(2, 4\)"),
         (lambda: harness.difference(np.ones((2, 3)), np.ones((3, 3)), paired_seeds=True), r"\(2, 3\).*\(3, 3\)"),
         (lambda: harness.win([1.0], [1.0, 2.0]), r"\(1,\).*\(2,\)"),
@@ -505,7 +505,7 @@ def test_a_difference_of_the_smallest_detectable_size_is_found_four_times_in_fiv
         (lambda: harness.mcnemar([0.5, 1], [0, 1]), "one 0 or 1 per prompt"),
         (lambda: harness.wilson(3.5, 5), "whole numbers"),
         (lambda: harness.pass_at_k(4, 2, 5), "k must be between 1 and n"),
-        (lambda: harness.best_of_n_reward([1.0, 2.0], [1.0, 2.0], 3), "2 samples"),
+        (lambda: harness.best_of_n([1.0, 2.0], [1.0, 2.0], 3), "2 samples"),
         (lambda: harness.smallest_detectable(0.02, 800, 1), "n_seeds must be at least 2"),
         (lambda: harness.prompts_needed(0.5), "0.5"),
     ],
@@ -537,8 +537,8 @@ def test_alpaca_eval_win_rates_and_errors(data_dir):
     for model, numbers in expected.items():
         preference_N = np.array([row["preference"] for row in read_rows(folder / f"{model}.jsonl.gz")])
         y_N = np.where(preference_N == 0, 0.5, preference_N - 1)  # 0 is their other code for a draw
-        method = harness.estimate(y_N[None])
-        assert 100 * method.mean == pytest.approx(numbers["published"]["win_rate"], abs=1e-9), model
+        method = harness.mean(y_N[None])
+        assert 100 * method.estimate == pytest.approx(numbers["published"]["win_rate"], abs=1e-9), model
         assert 100 * method.se == pytest.approx(numbers["published"]["standard_error"], abs=1e-9), model
 
 

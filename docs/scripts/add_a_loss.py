@@ -107,5 +107,5 @@ words = {name: sum(len(text.split()) for text in texts) / len(texts) for name, t
 for name, texts in result.answers.items():
     print(f"{name:17} friendly {sum(friendly(texts)) / len(texts):4.0%}   {words[name]:4.1f} words")
 wins = {(pair["a"], pair["b"]): pair["win"] for pair in result.pairs}
-assert wins["length_explained", "start"]["low"] > 0.5, "the new loss did not make it friendlier"
+assert wins["length_explained", "start"]["ci"][0] > 0.5, "the new loss did not make it friendlier"
 assert words["length_explained"] < words["dpo"], "the new loss did not make it shorter"

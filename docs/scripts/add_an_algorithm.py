@@ -98,4 +98,4 @@ for name, texts in result.answers.items():
     print(f"{name:12} 'Gladly' per answer {sum(polite(texts)) / len(texts):.1f}   e.g. {texts[1]!r}, {texts[2]!r}")
 wins = {(pair["a"], pair["b"]): pair["win"] for pair in result.pairs}
 assert sum(polite(result.answers["rehearsed"])) > sum(polite(result.answers["start"])), "the reward did not rise"
-assert wins["rehearsed", "unrehearsed"]["low"] > 0.5, "the rehearsal had no effect"
+assert wins["rehearsed", "unrehearsed"]["ci"][0] > 0.5, "the rehearsal had no effect"

@@ -86,4 +86,4 @@ prefzoo.train("reward_model", model=MODEL, dataset=for_judge, output_dir=OUT / "
 judge = OUT / "judge" / "final"
 result = prefzoo.compare({"trained": best, "start": MODEL}, prompts=test, judge=judge, samples=4, max_new_tokens=32)
 print(result)
-assert result.pairs[0]["win"]["low"] > 0.5, "the trained model does not win against its start"
+assert result.pairs[0]["win"]["ci"][0] > 0.5, "the trained model does not win against its start"

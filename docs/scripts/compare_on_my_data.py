@@ -77,5 +77,5 @@ print(result)
 # %%
 against_start = {pair["a"]: pair["win"] for pair in result.pairs if pair["b"] == "start"}
 for name, win in against_start.items():
-    print(f"this {name} model wins {win['mean']:.0%} against the start ({win['low']:.0%} to {win['high']:.0%})")
-assert max(win["low"] for win in against_start.values()) > 0.5, "no model is better than the start"
+    print(f"this {name} model wins {win['estimate']:.0%} against the start ({win['ci'][0]:.0%} to {win['ci'][1]:.0%})")
+assert max(win["ci"][0] for win in against_start.values()) > 0.5, "no model is better than the start"

@@ -79,4 +79,4 @@ print(result)
 for number in range(4):
     before, after = (result.answers[name][4 * number] for name in ("start", "trained"))
     print(f"{test.rows[number]['prompt']:20} {before!r:32} -> {after!r}")
-assert result.pairs[0]["win"]["low"] > 0.5, "the reward did not rise"
+assert result.pairs[0]["win"]["ci"][0] > 0.5, "the reward did not rise"
