@@ -15,13 +15,14 @@ from .crossed import difference, mean, two_way_bootstrap_se, win_rate
 from .exact import mcnemar, permutation_test, wilson
 from .families import benjamini_hochberg, equivalence, holm, holm_lower_bounds, verdict
 from .power import prompts_needed, smallest_detectable
+from .ratings import BradleyTerry, Elo, bradley_terry, elo
 from .records import Difference, Estimate, LowerBounds, McNemar, PermutationTest, Proportion, Record, Verdict
 from .samples import best_of_n, kl_best_of_n, pass_at_k
 from .tables import Clusters, win
 
 __all__ = [
-    "Clusters", "Difference", "Estimate", "LowerBounds", "McNemar", "PermutationTest", "Proportion", "Record",
-    "Verdict", "benjamini_hochberg", "best_of_n", "difference", "equivalence", "holm", "holm_lower_bounds",
-    "kl_best_of_n", "mcnemar", "mean", "pass_at_k", "permutation_test", "prompts_needed", "smallest_detectable",
-    "two_way_bootstrap_se", "verdict", "wilson", "win", "win_rate",
+    "BradleyTerry", "Clusters", "Difference", "Elo", "Estimate", "LowerBounds", "McNemar", "PermutationTest",
+    "Proportion", "Record", "Verdict", "benjamini_hochberg", "best_of_n", "bradley_terry", "difference", "elo",
+    "equivalence", "holm", "holm_lower_bounds", "kl_best_of_n", "mcnemar", "mean", "pass_at_k", "permutation_test",
+    "prompts_needed", "smallest_detectable", "two_way_bootstrap_se", "verdict", "wilson", "win", "win_rate",
 ]  # fmt: skip
