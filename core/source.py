@@ -13,6 +13,17 @@ def source_hash(files: Iterable[Path]) -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:16]
 
 
+def content_hash(path: Path) -> str:
+    """Hash of what a file holds, or of the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
+        digest.update(str(file.relative_to(path)).encode() + b"\0")
+        with file.open("rb") as opened:
+            for block in iter(lambda: opened.read(2**20), b""):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
 # What looks at runs and losses from outside: editing it changes no number of a run.
 OUTSIDE = ("theory", "contract.py", "testing.py", "trial.py")
 

@@ -48,7 +48,7 @@ class Comparison:
         table = Table("A", "B", "A wins, %", "p (Holm)", "ties, %", "order flips, %", "verdict on A", box=SIMPLE_HEAD)
         for p in self.pairs:
             w = p["win"]
-            interval = f"{100 * w['mean']:.1f} [{100 * w['low']:.1f}, {100 * w['high']:.1f}]"
+            interval = f"{100 * w['estimate']:.1f} [{100 * w['ci'][0]:.1f}, {100 * w['ci'][1]:.1f}]"
             flips = "–" if p["order_flips"] is None else f"{100 * p['order_flips']:.1f}"
             table.add_row(p["a"], p["b"], interval, f"{p['p_holm']:.2g}", f"{100 * p['ties']:.1f}", flips, p["verdict"])
         console.print(table)
@@ -108,7 +108,7 @@ def compare(
             assert scores is not None
             wins = statistics.win(scores[a], scores[b])
         table = wins.reshape(1, len(rows), samples).mean(-1)
-        win = statistics.estimate(table, clusters=clusters, null=0.5)
+        win = statistics.win_rate(table, clusters=clusters)
         tests.append((table, win))
         pairs.append({"a": a, "b": b, "win": win.to_dict(), "ties": float((wins == 0.5).mean()), "order_flips": flips})
     adjusted = statistics.holm([win.p if win.p is not None else 1.0 for _, win in tests])

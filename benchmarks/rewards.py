@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,20 @@ from prefzoo.registry import UsageError
 from prefzoo.worlds.requests import FLATTERIES, RUDE_OPENINGS
 
 
-def reward_of(made: Algorithm, proxy: Path | None, world: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What is given as ``reward``: the exact check to those that ask for a verifier, and where there is nothing else;
-    else the first of these that the parts accept: the proxy, the proxy as a judge of two answers, the proxy with rules.
+def reward_of(
+    made: Algorithm, proxy: str | None, world: Any, tokenizer: PreTrainedTokenizerBase, verifier: str | None = None
+) -> Any:
+    """What is given as ``reward``: the exact check (a world's, or ``verifier``) to those that ask for one, and where
+    there is nothing else; else the first of these that the parts accept: the proxy, the proxy as a judge of two
+    answers, the proxy with rules.
 
     Of several objectives the proxy is the first, and the flattery that the annotators like is a cost.
     """
     asks = [stage.feedback for stage in made.stages if REWARD in stage.feedback.needs]
-    if proxy is None or (world is not None and any(isinstance(f, Verifier) for f in asks)):
-        return world.exact_reward
+    check = world.exact_reward if world is not None else verifier
+    if check is not None and (proxy is None or any(isinstance(f, Verifier) for f in asks)):
+        return check
+    assert proxy is not None, "the plan leaves out methods that nobody could reward"
     many = [f.count or 2 for f in asks if isinstance(f, Objectives)]
     if many:
         return [proxy, *[Flattery(world)] * (max(many) - 1)] if world is not None else [proxy] * max(many)
@@ -37,7 +41,7 @@ def reward_of(made: Algorithm, proxy: Path | None, world: Any, tokenizer: PreTra
     for make in (lambda: proxy, lambda: proxy_judge(proxy, tokenizer), lambda: [proxy, manners()]):
         given = make()
         try:
-            check(made, resolve_reward(given, tokenizer))
+            refuse(made, resolve_reward(given, tokenizer))
             return given
         except UsageError as error:
             refused = refused or error
@@ -45,17 +49,17 @@ def reward_of(made: Algorithm, proxy: Path | None, world: Any, tokenizer: PreTra
     raise refused
 
 
-def check(made: Algorithm, source: RewardSource) -> None:
+def refuse(made: Algorithm, source: RewardSource) -> None:
     """Raise where a part that is judged by the run's reward refuses this one."""
     for stage in made.stages:
-        refuse: Callable[[RewardSource], None] | None = getattr(stage.feedback, "check", None)
-        if REWARD in stage.feedback.needs and refuse is not None:
-            refuse(source)
+        check: Callable[[RewardSource], None] | None = getattr(stage.feedback, "check", None)
+        if REWARD in stage.feedback.needs and check is not None:
+            check(source)
         if REWARD in stage.trains:  # later stages are judged by what this one trains
             return
 
 
-def proxy_judge(proxy: Path, tokenizer: PreTrainedTokenizerBase) -> Judge:
+def proxy_judge(proxy: str, tokenizer: PreTrainedTokenizerBase) -> Judge:
     """The proxy as a judge of two answers: σ of the difference of their scores. No order sways it."""
     model = ModelReward(load_scorer(proxy))
     end: int = tokenizer.eos_token_id  # type: ignore[assignment]
