@@ -331,13 +331,16 @@ def test_verdicts():
     near = harness.difference(y_SN, y_SN + random.normal(0.005, 0.05, (5, 900)), paired_seeds=True)
     far = harness.difference(y_SN, y_SN + random.normal(0.1, 0.05, (5, 900)), paired_seeds=True)
     vague = harness.difference(y_SN[:, :30], random.permuted(y_SN, axis=1)[:, :30], paired_seeds=False)
-    assert harness.equivalence(near) and not harness.equivalence(far) and not harness.equivalence(vague)
+    assert [harness.equivalence(gap).equivalent for gap in (near, far, vague)] == [True, False, False]
     assert harness.verdict(near, p_holm=0.3) == "equivalent"
     assert harness.verdict(near, p_holm=0.01) == "worse"
     assert harness.verdict(far, p_holm=far.p) == "worse"
     assert harness.verdict(vague, p_holm=0.8) == "undecided"
     edge = abs(near.estimate) + stats.t.ppf(0.95, near.df) * near.se
-    assert harness.equivalence(near, edge * 1.0001) and not harness.equivalence(near, edge * 0.9999)
+    inside, outside = harness.equivalence(near, edge * 1.0001), harness.equivalence(near, edge * 0.9999)
+    assert (inside.equivalent, outside.equivalent) == (True, False) and max(np.abs(inside.ci)) == pytest.approx(edge)
+    assert inside.p == pytest.approx(0.05, abs=0.001) and inside.p < 0.05 < outside.p
+    assert harness.equivalence(harness.difference(y_SN, y_SN, paired_seeds=True)).p == 0
 
 
 # ---- permutation, McNemar, Wilson
@@ -406,9 +409,12 @@ def test_pass_at_k_by_enumeration():
             for c in range(n + 1):
                 subsets = list(itertools.combinations(range(n), k))
                 expected = sum(min(s) < c for s in subsets) / len(subsets)  # samples 0 ... c-1 are correct
-                assert harness.pass_at_k(n, c, k) == pytest.approx(expected)
-    assert harness.pass_at_k([4, 8], [2, 2], 2) == pytest.approx([5 / 6, 13 / 28])
-    assert harness.pass_at_k(5000, 1, 2500) == pytest.approx(0.5)
+                assert harness.pass_at_k(n, c, k).estimate == pytest.approx(expected)
+    both = harness.pass_at_k([4, 8], [2, 2], 2)
+    assert both.values_N == pytest.approx([5 / 6, 13 / 28])
+    assert (both.estimate, both.se) == pytest.approx((np.mean(both.values_N), stats.sem(both.values_N)))
+    assert harness.pass_at_k(5000, 1, 2500).estimate == pytest.approx(0.5)
+    assert harness.pass_at_k(5000, 1, 2500).se is None  # one prompt has no error
 
 
 def test_best_of_n_by_enumeration():
@@ -423,18 +429,17 @@ def test_best_of_n_by_enumeration():
             ])
             for proxy_N, gold_N in zip(proxy_PN, gold_PN, strict=True)
         ]  # fmt: skip
-        assert harness.best_of_n(proxy_PN, gold_PN, n) == pytest.approx(expected_P)
-        assert harness.best_of_n(proxy_PN[0], gold_PN[0], n) == pytest.approx(expected_P[0])
+        assert harness.best_of_n(proxy_PN, gold_PN, n).values_N == pytest.approx(expected_P)
+        assert harness.best_of_n(proxy_PN[0], gold_PN[0], n).estimate == pytest.approx(expected_P[0])
     ranks = np.arange(1, 1001) / 1000
-    assert harness.best_of_n(ranks, ranks, 500) == pytest.approx(500 * 1001 / 501 / 1000)  # n (N+1)/(n+1)
+    assert harness.best_of_n(ranks, ranks, 500).estimate == pytest.approx(500 * 1001 / 501 / 1000)  # n (N+1)/(n+1)
 
 
 def test_kl_best_of_n_is_that_of_the_largest_of_n_uniforms():
     for n in (1, 2, 16):
         u = (np.arange(200_000) + 0.5) / 200_000  # density of the maximum is n u^(n-1)
         numeric = np.mean(n * u ** (n - 1) * np.log(n * u ** (n - 1)))
-        assert harness.kl_best_of_n(n) == pytest.approx(numeric, abs=1e-4)
-    assert harness.kl_best_of_n([1, 4]) == pytest.approx([0, math.log(4) - 0.75])
+        assert harness.kl_best_of_n(n).estimate == pytest.approx(numeric, abs=1e-4)
 
 
 # ---- power
@@ -493,7 +498,11 @@ def test_a_difference_of_the_smallest_detectable_size_is_found_four_times_in_fiv
     [
         (lambda: harness.mean([[0.5, 0.5], [0.5, math.nan]]), "seed row 1, prompt 1 is nan"),
         (lambda: harness.mean([[0.5]]), "single prompt"),
-        (lambda: harness.mean([0.5, 0.6]), r"shape \(2,\), expected \(seeds, prompts\)"),
+        (lambda: harness.mean(np.ones((2, 2, 2))), r"shape \(2, 2, 2\), expected \(seeds, prompts\)"),
+        (lambda: harness.win_rate([0.5, 1.5]), "prompt 1 is 1.5"),
+        (lambda: harness.kl_best_of_n(0), "at least one sample"),
+        (lambda: harness.power(0, 800, 5), "delta = 0 must be positive"),
+        (lambda: harness.prompts_needed_mcnemar(0.05, 0.01), "at least the difference"),
         (lambda: harness.mean(np.ones((2, 3)), clusters=[1, 1, 1]), "all 3 prompts are in one cluster"),
         (lambda: harness.mean(np.ones((2, 3)), clusters=[1, 2]), "2 cluster labels for 3 prompts"),
         (lambda: harness.mean(np.ones((2, 3)), level=95), "level = 95"),

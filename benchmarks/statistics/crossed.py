@@ -6,16 +6,24 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from .frames import TableLike, read, read_two
 from .inference import Error, detectable, interval, satterthwaite, t_test
-from .records import Difference, Estimate, FloatArray
-from .tables import Clusters, Groups, centred, contrast, judgements, mean_of, over_seeds, stream, table, two_tables
+from .records import Difference, Estimate, FloatArray, Sensitivity
+from .tables import Clusters, Groups, centred, contrast, judgements, mean_of, over_seeds, stream
 
 BOOTSTRAP_TOLERANCE = 0.20  # relative disagreement of the two standard errors that is worth a look
 
 
-def mean(y_SN: npt.ArrayLike, *, clusters: Clusters = None, level: float = 0.95, null: float | None = None) -> Estimate:
+def mean(
+    y_SN: TableLike,
+    *,
+    clusters: Clusters = None,
+    level: float = 0.95,
+    null: float | None = None,
+    unparsed: float | None = None,
+    **names: str,
+) -> Estimate:
     """Mean of a method over prompts and training seeds, with the error of the crossed random-effects model.
 
     SE² = max(V_prompts + V_seeds - V_cells, V_prompts, V_seeds) with
@@ -28,10 +36,17 @@ def mean(y_SN: npt.ArrayLike, *, clusters: Clusters = None, level: float = 0.95,
     Where all of y is one number the error is 0, and any other null gets p = 0: with few prompts read `wilson` instead.
 
     Args:
-        y_SN: one value per training seed and prompt.
+        y_SN: one value per training seed and prompt, (S, N), or of one run (N,). Or a data frame (pandas, pyarrow) with
+            columns y and prompt, and where they exist seed, sample, order and cluster: samples and judging orders are
+            averaged within a prompt first, and every seed must have every prompt.
         clusters: one hashable label per prompt; prompts of one label (paraphrases, a shared passage) are dependent.
         level: of the two-sided interval.
         null: value to test against, two-sided (0.5 for judgements); None for no test.
+        unparsed: what NaN counts as, 0.5, 0 or 1; they are counted in `n_unparsed`. Without it NaN is refused.
+        names: a frame's columns that are called otherwise, by role: `y="gold_wins", cluster="passage"`.
+
+    Raises:
+        ValueError: for a missing (seed, prompt), for NaN, for one prompt or one cluster, with the place.
 
     Source:
         The moment (ANOVA) estimator, equal to REML on balanced tables with positive variances; Satterthwaite 1946;
@@ -41,27 +56,38 @@ def mean(y_SN: npt.ArrayLike, *, clusters: Clusters = None, level: float = 0.95,
     >>> method.estimate, round(method.se, 4), method.this_run_only
     (0.6875, 0.2366, False)
     """
-    y_SN = table("y_SN", y_SN)
-    groups = Groups.of(clusters, y_SN.shape[1])
-    estimate, error = mean_of(y_SN), _error(over_seeds(y_SN), [y_SN], groups)
+    table = read(y_SN, clusters, unparsed, names)
+    y_SN, groups = table.y_SN, table.groups
+    estimate, error = mean_of(y_SN), crossed_error(over_seeds(y_SN), [y_SN], groups)
     t, p = (None, None) if null is None else t_test(estimate - null, error)
     n_seeds, n_prompts = y_SN.shape
     return Estimate(
         estimate=estimate, se=error.se, df=error.df, ci=interval(estimate, error, level), level=level,
         se_prompts=error.se_prompts, se_seeds=error.se_seeds,
-        n_prompts=n_prompts, n_clusters=groups.n_clusters, n_seeds=n_seeds, this_run_only=n_seeds == 1,
-        null=null, t=t, p=p,
+        n_prompts=n_prompts, n_clusters=groups.n_clusters, n_seeds=n_seeds, n_unparsed=table.n_unparsed,
+        this_run_only=n_seeds == 1, null=null, t=t, p=p,
     )  # fmt: skip
 
 
-def win_rate(y_SN: npt.ArrayLike, *, clusters: Clusters = None, level: float = 0.95, null: float = 0.5) -> Estimate:
+def win_rate(
+    y_SN: TableLike,
+    *,
+    clusters: Clusters = None,
+    level: float = 0.95,
+    null: float = 0.5,
+    unparsed: float | None = None,
+    **names: str,
+) -> Estimate:
     """Win rate of a method with its error: `mean` of judgements, tested against one half.
 
     Args:
-        y_SN: judgements in [0, 1] per training seed and prompt: 1 the method's answer is better, 0.5 a tie, 0 worse.
+        y_SN: judgements in [0, 1], an array or a frame as in `mean`: 1 the method's answer is better, 0.5 a
+            tie, 0 worse.
         clusters: as in `mean`.
         level: of the two-sided interval.
         null: value to test against, two-sided.
+        unparsed: what an unparsed judgement (NaN) counts as; see `sensitivity` for what it could change.
+        names: columns of a frame, as in `mean`.
 
     Raises:
         ValueError: for values outside [0, 1], which are scores: turn them into judgements with `win`.
@@ -73,17 +99,42 @@ def win_rate(y_SN: npt.ArrayLike, *, clusters: Clusters = None, level: float = 0
     >>> wins.estimate, round(wins.p, 3)
     (0.8125, 0.098)
     """
-    return mean(judgements("y_SN", y_SN), clusters=clusters, level=level, null=null)
+    table = read(y_SN, clusters, unparsed, names)
+    judgements("y_SN", table.y_SN)
+    return mean(table, level=level, null=null)
+
+
+def sensitivity(
+    y_SN: TableLike, *, clusters: Clusters = None, level: float = 0.95, null: float = 0.5, **names: str
+) -> Sensitivity:
+    """Win rates with unparsed judgements (NaN) scored one half, all against the method, and all for it.
+
+    Whatever the judge would have said, the win rate lies between the last two.
+
+    Args:
+        y_SN: judgements with NaN where the judge could not be understood; as in `win_rate`.
+        clusters, level, null, names: as in `win_rate`.
+
+    >>> wins = sensitivity([[1.0, 1.0, float("nan"), 0.0]])
+    >>> wins.half.estimate, wins.worst.estimate, wins.best.estimate, wins.n_unparsed
+    (0.625, 0.5, 0.75, 1)
+    """
+    half, worst, best = (
+        win_rate(y_SN, clusters=clusters, level=level, null=null, unparsed=value, **names) for value in (0.5, 0, 1)
+    )
+    return Sensitivity(half, worst, best, half.n_unparsed)
 
 
 def difference(
-    a_SN: npt.ArrayLike,
-    b_SN: npt.ArrayLike,
+    a_SN: TableLike,
+    b_SN: TableLike,
     *,
     paired_seeds: bool,
     clusters: Clusters = None,
     level: float = 0.95,
     bootstrap: int = 0,
+    unparsed: float | None = None,
+    **names: str,
 ) -> Difference:
     """Mean of A minus mean of B on the same prompts, with an error that covers prompts and training seeds.
 
@@ -101,13 +152,17 @@ def difference(
     probability, from the noncentral t. Unlike p, it tells a small difference from a small study.
 
     Args:
-        a_SN: one value per seed and prompt.
-        b_SN: the same for B; its columns must be the same prompts.
+        a_SN: one value per seed and prompt, an array or a frame as in `mean`.
+        b_SN: the same for B, on the same prompts: of arrays in the same order, of frames found by their labels.
         paired_seeds: whether row s of A and of B share their seed. No default: the two answers can differ a lot.
         clusters: one label per prompt, as in `mean`.
         level: of the two-sided interval.
         bootstrap: resamples for `bootstrap_se` (2000 is enough); 0 leaves it out. `bootstrap_disagrees` where it is
             more than 20 % away from se: look for few or very unequal clusters.
+        unparsed, names: as in `mean`.
+
+    Raises:
+        ValueError: where the prompts (or, paired, the seeds) of A and B are not the same, with the missing one.
 
     Source:
         As `mean`; the pairing by prompt as in Miller 2024 (arXiv:2411.00640).
@@ -116,22 +171,22 @@ def difference(
     >>> gap.estimate, round(gap.p, 3), gap.this_run_only
     (0.375, 0.215, True)
     """
-    a_SN, b_SN = two_tables(a_SN, b_SN, paired_seeds)
-    groups = Groups.of(clusters, a_SN.shape[1])
+    a, b = read_two(a_SN, b_SN, paired_seeds, clusters, unparsed, names)
+    a_SN, b_SN, groups = a.y_SN, b.y_SN, a.groups
     d_SN = contrast(a_SN, b_SN, paired_seeds)
     estimate = mean_of(d_SN)
-    error = _error(over_seeds(d_SN), [d_SN] if paired_seeds else [a_SN, b_SN], groups)
+    error = crossed_error(over_seeds(d_SN), [d_SN] if paired_seeds else [a_SN, b_SN], groups)
     t, p = t_test(estimate, error)
     bootstrap_se = None
     if bootstrap:
-        first_SN, minus_SN = (d_SN, None) if paired_seeds else (a_SN, b_SN)
-        bootstrap_se = two_way_bootstrap_se(first_SN, clusters, bootstrap, minus_SN=minus_SN)
+        signed = [(1.0, d_SN)] if paired_seeds else [(1.0, a_SN), (-1.0, b_SN)]
+        bootstrap_se = _bootstrap_se(signed, groups, bootstrap, seed=0)
     return Difference(
         estimate=estimate, mean_a=mean_of(a_SN), mean_b=mean_of(b_SN), se=error.se, df=error.df,
         ci=interval(estimate, error, level), level=level,
         t=t, p=p, se_prompts=error.se_prompts, se_seeds=error.se_seeds,
         n_prompts=a_SN.shape[1], n_clusters=groups.n_clusters, n_seeds_a=len(a_SN), n_seeds_b=len(b_SN),
-        paired_seeds=paired_seeds, this_run_only=min(len(a_SN), len(b_SN)) == 1,
+        n_unparsed=a.n_unparsed + b.n_unparsed, paired_seeds=paired_seeds, this_run_only=min(len(a_SN), len(b_SN)) == 1,
         smallest_detectable=detectable(error, power=0.8, level=0.95),
         bootstrap_se=bootstrap_se,
         bootstrap_disagrees=None if bootstrap_se is None
@@ -140,12 +195,12 @@ def difference(
 
 
 def two_way_bootstrap_se(
-    d_SN: npt.ArrayLike,
+    d_SN: TableLike,
     clusters: Clusters = None,
     resamples: int = 2000,
     seed: int = 0,
     *,
-    minus_SN: npt.ArrayLike | None = None,
+    minus_SN: TableLike | None = None,
 ) -> float:
     """Standard error of a mean by resampling seeds and clusters of prompts, whole rows and whole columns at a time.
 
@@ -170,10 +225,15 @@ def two_way_bootstrap_se(
     >>> bool(abs(two_way_bootstrap_se(y_SN) / mean(y_SN).se - 1) < 0.1)
     True
     """
-    tables = [(1.0, table("d_SN", d_SN))]
-    if minus_SN is not None:
-        tables.append((-1.0, two_tables(d_SN, minus_SN, paired_seeds=False)[1]))
-    groups = Groups.of(clusters, tables[0][1].shape[1])
+    if minus_SN is None:
+        first, signed = read(d_SN, clusters), []
+    else:
+        first, minus = read_two(d_SN, minus_SN, False, clusters)
+        signed = [(-1.0, minus.y_SN)]
+    return _bootstrap_se([(1.0, first.y_SN), *signed], first.groups, resamples, seed)
+
+
+def _bootstrap_se(signed: Sequence[tuple[float, FloatArray]], groups: Groups, resamples: int, seed: int) -> float:
     if resamples < 2:
         raise ValueError(f"resamples = {resamples}: a standard error needs at least 2")
     random = stream(seed, "bootstrap")
@@ -186,7 +246,7 @@ def two_way_bootstrap_se(
     clusters_RG = draw(groups.n_clusters)
     prompts_R = clusters_RG @ groups.sizes_G
     by_seeds_R, by_prompts_R, by_both_R = np.zeros((3, resamples))
-    for sign, y_SN in tables:
+    for sign, y_SN in signed:
         seeds_RS, sums_SG = draw(len(y_SN)), groups.sums(y_SN)
         by_seeds_R += sign * (seeds_RS @ y_SN.mean(1))
         by_prompts_R += sign * (clusters_RG @ sums_SG.mean(0)) / prompts_R
@@ -195,10 +255,10 @@ def two_way_bootstrap_se(
     return math.sqrt(max(2 * (seeds + prompts) - both, seeds, prompts))
 
 
-def _error(mean_N: FloatArray, tables: Sequence[FloatArray], groups: Groups) -> Error:
+def crossed_error(mean_N: FloatArray, tables: Sequence[FloatArray], groups: Groups) -> Error:
     """Error of mean(mean_N): prompt noise from mean_N, seed noise from each table (S, N) that entered it."""
     from_prompts = groups.variance_of_mean(centred(mean_N)[None])
-    runs = [(_variance_over_seeds(y_SN, groups), len(y_SN) - 1) for y_SN in tables if len(y_SN) > 1]
+    runs = [(variance_over_seeds(y_SN, groups), len(y_SN) - 1) for y_SN in tables if len(y_SN) > 1]
     added_by_seeds = sum(max(0.0, seeds - cells) for (seeds, cells), _ in runs)
     # The floor only matters when estimates are noisy: the expectation of the first argument is never below the second.
     variance = max(from_prompts + added_by_seeds, sum(seeds for (seeds, _), _ in runs))
@@ -211,7 +271,7 @@ def _error(mean_N: FloatArray, tables: Sequence[FloatArray], groups: Groups) -> 
     )
 
 
-def _variance_over_seeds(y_SN: FloatArray, groups: Groups) -> tuple[float, float]:
+def variance_over_seeds(y_SN: FloatArray, groups: Groups) -> tuple[float, float]:
     """MS_seed/(nS), the variance of the mean as its seeds show it, and MS_residual/(nS), the cell noise inside it."""
     n_seeds = len(y_SN)
     seed_S, prompt_N = centred(y_SN.mean(1)), centred(over_seeds(y_SN))

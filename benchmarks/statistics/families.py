@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from .records import Difference, Estimate, FloatArray, LowerBounds, Verdict
+from .records import Difference, Equivalence, Estimate, FloatArray, LowerBounds, Verdict
 from .tables import p_values_of, tail
 
 
@@ -106,11 +106,11 @@ def holm_lower_bounds(
     return LowerBounds(bound_K, exceeds_K, null, level)
 
 
-def equivalence(gap: Difference, margin: float = 0.02, alpha: float = 0.05) -> bool:
+def equivalence(gap: Difference, margin: float = 0.02, alpha: float = 0.05) -> Equivalence:
     """Whether A and B differ by less than the margin, by two one-sided t-tests (TOST).
 
-    True where (margin - |mean|)/se > t(1 - α, df), that is where the 1 - 2α interval lies inside ±margin. A difference
-    that is not significant is *not* thereby equivalence: that is what this test is for.
+    p = P(T(df) > (margin - |estimate|)/se); equivalent where p < α, that is where the 1 - 2α interval lies inside
+    ±margin. A difference that is not significant is *not* thereby equivalence: that is what this test is for.
 
     Args:
         gap: from `difference`.
@@ -122,12 +122,17 @@ def equivalence(gap: Difference, margin: float = 0.02, alpha: float = 0.05) -> b
 
     >>> from prefzoo.benchmarks.statistics import difference
     >>> a_SN, b_SN = np.random.default_rng(0).normal(0.5, 0.1, (2, 5, 800))
-    >>> [equivalence(difference(a_SN, other_SN, paired_seeds=False)) for other_SN in (b_SN, b_SN + 0.1)]
+    >>> [equivalence(difference(a_SN, other_SN, paired_seeds=False)).equivalent for other_SN in (b_SN, b_SN + 0.1)]
     [True, False]
     """
     if not margin > 0:
         raise ValueError(f"margin = {margin}: the largest difference that does not matter must be positive")
-    return abs(gap.estimate) + float(stats.t.isf(alpha, gap.df)) * gap.se < margin
+    room, half = margin - abs(gap.estimate), float(stats.t.isf(alpha, gap.df)) * gap.se
+    p = float(stats.t.sf(room / gap.se, gap.df)) if gap.se else float(room <= 0)
+    return Equivalence(
+        estimate=gap.estimate, se=gap.se, df=gap.df, ci=(gap.estimate - half, gap.estimate + half), level=1 - 2 * alpha,
+        p=p, margin=margin, alpha=alpha, equivalent=p < alpha,
+    )  # fmt: skip
 
 
 def verdict(gap: Difference, p_holm: float, *, margin: float = 0.02, alpha: float = 0.05) -> Verdict:
@@ -151,4 +156,4 @@ def verdict(gap: Difference, p_holm: float, *, margin: float = 0.02, alpha: floa
         raise ValueError(f"p_holm = {p_holm} is not a p-value")
     if p_holm < alpha and gap.estimate != 0:
         return "better" if gap.estimate > 0 else "worse"
-    return "equivalent" if equivalence(gap, margin, alpha) else "undecided"
+    return "equivalent" if equivalence(gap, margin, alpha).equivalent else "undecided"

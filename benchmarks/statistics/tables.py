@@ -86,14 +86,10 @@ def centred(y: FloatArray) -> FloatArray:
     return y - mean_of(y)
 
 
-def scalar(value: FloatArray) -> FloatArray | float:
-    return float(value) if value.ndim == 0 else value
-
-
 def table(name: str, y_SN: npt.ArrayLike) -> FloatArray:
     y_SN = np.asarray(y_SN, dtype=np.float64)
     if y_SN.ndim != 2 or y_SN.size == 0:
-        raise ValueError(f"{name} has shape {y_SN.shape}, expected (seeds, prompts); for a single run pass y_N[None]")
+        raise ValueError(f"{name} has shape {y_SN.shape}, expected (seeds, prompts) or (prompts,)")
     bad = np.argwhere(~np.isfinite(y_SN))
     if len(bad):
         row, column = bad[0]
@@ -104,16 +100,6 @@ def table(name: str, y_SN: npt.ArrayLike) -> FloatArray:
     if y_SN.shape[1] == 1:
         raise ValueError(f"{name} has a single prompt: an error over prompts needs at least two")
     return y_SN
-
-
-def two_tables(a_SN: npt.ArrayLike, b_SN: npt.ArrayLike, paired_seeds: bool) -> tuple[FloatArray, FloatArray]:
-    a_SN, b_SN = table("a_SN", a_SN), table("b_SN", b_SN)
-    shapes = f"a_SN has shape {a_SN.shape} and b_SN has shape {b_SN.shape}"
-    if a_SN.shape[1] != b_SN.shape[1]:
-        raise ValueError(f"{shapes}: both must hold the same prompts")
-    if paired_seeds and len(a_SN) != len(b_SN):
-        raise ValueError(f"{shapes}: paired seeds need one row per seed in both; else pass paired_seeds=False")
-    return a_SN, b_SN
 
 
 def contrast(a_SN: FloatArray, b_SN: FloatArray, paired_seeds: bool) -> FloatArray:
@@ -136,8 +122,7 @@ def binary(name: str, values: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     return values.astype(bool)
 
 
-def judgements(name: str, y_SN: npt.ArrayLike) -> FloatArray:
-    y_SN = table(name, y_SN)
+def judgements(name: str, y_SN: FloatArray) -> FloatArray:
     bad = np.argwhere((y_SN < 0) | (y_SN > 1))
     if len(bad):
         row, column = bad[0]
