@@ -15,6 +15,7 @@ from prefzoo.benchmarks.jobs import Outcome
 from prefzoo.benchmarks.results import aggregate, frontier, pairs, words
 from prefzoo.benchmarks.results.gather import FORMAT, told, write_tables
 from prefzoo.benchmarks.results.methods import method
+from prefzoo.benchmarks.results.ratings import ratings
 from prefzoo.benchmarks.results.stored import Stored, read, stored
 from prefzoo.benchmarks.suites import Suite
 from prefzoo.registry import UsageError
@@ -74,29 +75,21 @@ def computed(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _task(task: Mapping[str, Any], rows: Stored, results: Mapping[str, Any]) -> dict[str, Any]:
     names = [m for m in task["methods"] if m in rows.answers]
     if not names:
-        return {
-            "test_prompts": 0,
-            "clusters": 0,
-            "methods": {},
-            "pairs": [],
-            "family": None,
-            "ratings": None,
-            "frontier": None,
-        }
+        return {"test_prompts": 0, "clusters": 0, "methods": {}, "pairs": [], **dict.fromkeys(("family", *WHOLE))}
     measure = frontier.truth(rows)
-    methods = {m: dict(task["methods"][m]) | method(rows, m) for m in names}
+    rated, rating = ratings(rows, names, results["verdicts"])
+    methods = {m: {**task["methods"][m], **method(rows, m), "rating": rating.get(m)} for m in names}
     for m in names:
         methods[m]["curve"] = frontier.curve(rows.curves[m], measure, rows) if measure and m in rows.curves else None
     family = pairs.Family.of(rows, names, results["verdicts"])
+    everyone = "all pairs of methods" if results["verdicts"] == "all" else "each method and sft_more"
     line = task["shared"].get("best_of_n", {}).get("line", [])
     return {
-        "test_prompts": len(rows.clusters), "clusters": len(set(rows.clusters)),
-        "methods": methods,
-        "pairs": pairs.compare(rows, family, results["seeds"], results["margin"]),
-        "family": {
-            "size": len(family.pairs),
-            "what": f"{'all pairs of methods' if results['verdicts'] == 'all' else 'each method and sft_more'}, on the "
-            f"win rates against {rows.reference}",
-        },
-        "frontier": frontier.frontier(methods, measure, line),
+        "test_prompts": len(rows.clusters), "clusters": len(set(rows.clusters)), "methods": methods,
+        "pairs": pairs.compare(family, results["seeds"], results["margin"]),
+        "family": {"size": len(family.pairs), "what": f"{everyone}, on the win rates against {rows.reference}"},
+        "ratings": rated, "frontier": frontier.frontier(methods, measure, line),
     }  # fmt: skip
+
+
+WHOLE = ("ratings", "frontier")  # of a task, where it has answers

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from prefzoo.benchmarks import statistics
+from prefzoo.benchmarks.results.length import controlled, length
 from prefzoo.benchmarks.results.stored import Array, Stored, common
 
 RESAMPLES = 400  # of the bootstrap beside an error: its own error is then 4 %, and 20 % are worth a look
@@ -24,7 +25,8 @@ def method(stored: Stored, name: str) -> dict[str, Any]:
         "against": against,
         "judged": {j: _judged(stored, name, j) for j in judges},
         "sensitivity": _sensitivity(stored, name, reference),
-        "length": _length(stored, name),
+        "length": length(stored, name),
+        "length_controlled": controlled(stored, name, list(stored.answers)),
         "diversity": _diversity(stored, name),
         "greedy": _greedy(stored, name),
         "held_out": _held_out(stored, name),
@@ -84,13 +86,6 @@ def _sensitivity(stored: Stored, name: str, reference: str | None) -> dict[str, 
             return None
         found[key] = statistics.win_rate(wins_SN, clusters=stored.clusters).to_dict()
     return found
-
-
-def _length(stored: Stored, name: str) -> dict[str, Any]:
-    mean = float(stored.answers[name].columns["tokens"].mean())
-    start = stored.answers.get("start")
-    base = None if start is None else float(start.columns["tokens"].mean())
-    return {"mean": mean, "ratio": mean / base if base else None}
 
 
 def _diversity(stored: Stored, name: str) -> dict[str, Any]:

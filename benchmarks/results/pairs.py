@@ -2,66 +2,88 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prefzoo.benchmarks import statistics
 from prefzoo.benchmarks.results.methods import RESAMPLES
-from prefzoo.benchmarks.results.stored import Array, Stored, common
+from prefzoo.benchmarks.results.stored import Array, Judged, Stored, common
+from prefzoo.benchmarks.statistics.sequel import to_decide
+from prefzoo.benchmarks.statistics.simultaneous import max_t
+
+DRAWS = 4_000  # of max-t
 
 
 @dataclass(frozen=True)
 class Family:
-    """The claims of a task: the win rates of methods against the reference, on the runs of both of a pair."""
+    """The claims of a task: differences of pairs of methods in their win rates against the reference."""
 
     pairs: tuple[tuple[str, str], ...]
-    tables: tuple[tuple[Array, Array], ...]
-    runs: tuple[tuple[int, ...], ...]
+    judged: Mapping[str, Judged]
+    stored: Stored
 
     @classmethod
     def of(cls, stored: Stored, names: Sequence[str], verdicts: str) -> Family:
-        """All pairs of these methods, or of each with ``sft_more``."""
+        """All pairs of these methods, or of each with ``sft_more``; without those that share no run."""
         reference = stored.reference
-        if reference is None:
-            return cls((), (), ())
-        found = {n: j for n in names if n != reference and (j := stored.judged(n, reference)) is not None}
-        rivals = itertools.combinations(found, 2) if verdicts == "all" else ((n, verdicts) for n in found)
-        pairs = [(a, b) for a, b in rivals if a != b and b in found and common(found[a].runs, found[b].runs)]
+        rivals = [n for n in names if n != reference] if reference else []
+        judged = {n: found for n in rivals if (found := stored.judged(n, str(reference))) is not None}
+        chosen = itertools.combinations(judged, 2) if verdicts == "all" else ((n, verdicts) for n in judged)
+        pairs = [(a, b) for a, b in chosen if a != b and b in judged]
+        return cls(tuple(p for p in pairs if common(*(judged[m].runs for m in p))), judged, stored)
 
-        def table(name: str, runs: Sequence[int]) -> Array:
-            judged = found[name]
-            return stored.over_starts(judged.y_SN[[judged.runs.index(r) for r in runs]], runs)
+    def runs(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Runs that all of these methods finished."""
+        return functools.reduce(common, (self.judged[n].runs for n in names))
 
-        runs = [common(found[a].runs, found[b].runs) for a, b in pairs]
-        tables = [(table(a, r), table(b, r)) for (a, b), r in zip(pairs, runs, strict=True)]
-        return cls(tuple(pairs), tuple(tables), tuple(runs))
+    def table(self, name: str, runs: Sequence[int]) -> Array:
+        judged = self.judged[name]
+        return self.stored.over_starts(judged.y_SN[[judged.runs.index(r) for r in runs]], runs)
 
 
-def compare(stored: Stored, family: Family, planned_runs: int, margin: float) -> list[dict[str, Any]]:
+def compare(family: Family, planned_runs: int, margin: float) -> list[dict[str, Any]]:
     """The verdict of every pair, and what it rests on."""
     if not family.pairs:
         return []
-    clusters = stored.clusters
+    clusters = family.stored.clusters
+    tables = [tuple(family.table(m, family.runs(pair)) for m in pair) for pair in family.pairs]
     gaps = [
         statistics.difference(a_SN, b_SN, paired_seeds=True, clusters=clusters, bootstrap=RESAMPLES)
-        for a_SN, b_SN in family.tables
+        for a_SN, b_SN in tables
     ]
     holm = statistics.holm([gap.p for gap in gaps]).tolist()
+    together = jointly(family)
+    level = 1 - 0.05 / len(gaps)  # of one claim, where the whole family may err in 5 %
     rows = []
-    for (a, b), (a_SN, b_SN), runs, gap, p in zip(family.pairs, family.tables, family.runs, gaps, holm, strict=True):
-        head_SN = stored.wins(a, b)
+    for k, ((a, b), (a_SN, b_SN), gap, p) in enumerate(zip(family.pairs, tables, gaps, holm, strict=True)):
+        head_SN, verdict = family.stored.wins(a, b), statistics.verdict(gap, p, margin=margin)
+        sequel = to_decide(a_SN, b_SN, clusters=clusters, level=level) if verdict == "undecided" else None
         rows.append({
             "a": a, "b": b,
             "head_to_head": None if head_SN is None else statistics.win_rate(head_SN, clusters=clusters).to_dict(),
             "difference": gap.to_dict(), "p_holm": p,
-            "verdict": statistics.verdict(gap, p, margin=margin),
+            "p_max_t": None if together is None else together.p_adjusted[k],
+            "ci_max_t": None if together is None else list(together.ci[k]),
+            "verdict": verdict,
             "smallest_detectable": gap.smallest_detectable,
+            "to_decide": None if sequel is None else sequel.to_dict(),
             "permutation_p": statistics.permutation_test(a_SN, b_SN, paired_seeds=True, clusters=clusters).p,
-            "flag": _flag(gap, len(runs), planned_runs),
+            "flag": _flag(gap, len(family.runs((a, b))), planned_runs),
         })  # fmt: skip
     return rows
+
+
+def jointly(family: Family) -> statistics.MaxT | None:
+    """Max-t over all pairs, on the runs that all of their methods finished; None where failures left fewer than two."""
+    names = list(dict.fromkeys(itertools.chain.from_iterable(family.pairs)))
+    runs = family.runs(names)
+    if len(runs) < min(2, max(len(family.runs(pair)) for pair in family.pairs)):
+        return None
+    tables = {n: family.table(n, runs) for n in names}
+    return max_t(tables, paired_seeds=True, pairs=family.pairs, clusters=family.stored.clusters, resamples=DRAWS)
 
 
 def _flag(gap: statistics.Difference, runs: int, planned: int) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 from prefzoo.benchmarks import statistics
 
 Task = Mapping[str, Any]
+MANY_SEEDS, MANY_PROMPTS = 100, 100_000  # nobody does more
 SHOWN = 3  # undecided pairs at the top that get a sentence of their own
 
 
@@ -19,8 +20,8 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     said = []
     if results["this_run_only"]:
         said.append(
-            "One training seed per method: all of this is about these runs only, not about the methods. The errors cover "
-            "the choice of prompts and not the luck of training; run with --seeds 5 or more."
+            "One training seed per method: all of this is about these runs only, not about the methods. The errors "
+            "cover the choice of prompts and not the luck of training; run with --seeds 5 or more."
         )
     many = len(results["tasks"]) > 1
     for name, task in results["tasks"].items():
@@ -83,7 +84,7 @@ def leader(task: Task, ranking: Sequence[str]) -> list[str]:
 def equivalent(task: Task, margin: float) -> list[str]:
     """Pairs that differ by less than the margin, proven."""
     found = [f"{p['a']} and {p['b']}" for p in task["pairs"] if p["verdict"] == "equivalent"]
-    return [f"Equivalent within {100 * margin:g} points: {listed(found)}."] if found else []
+    return [f"Equivalent within {100 * margin:g} points: {'; '.join(found)}."] if found else []
 
 
 def undecided(task: Task, ranking: Sequence[str]) -> list[str]:
@@ -95,16 +96,23 @@ def undecided(task: Task, ranking: Sequence[str]) -> list[str]:
 
 
 def undecided_sentence(pair: Mapping[str, Any]) -> str:
-    """What this study could have found, and what would be needed for the difference that it saw."""
-    gap = pair["difference"]
-    points = 100 * abs(gap["estimate"])
-    start = f"{pair['a']} and {pair['b']}: undecided"
-    if gap["smallest_detectable"] is None:
-        return f"{start}."
-    return (
-        f"{start} (a difference of {points:.1f} points, 95 % {ends(gap)}); this study finds "
-        f"{100 * gap['smallest_detectable']:.1f} points."
+    """What was seen, what this study could have found, and how much more of it would decide."""
+    if pair["difference"]["estimate"] < 0:
+        pair = _turned(pair, pair["a"])
+    gap, needed = pair["difference"], pair["to_decide"]
+    said = (
+        f"{pair['a']} and {pair['b']}: undecided, {pair['a']} ahead by {100 * gap['estimate']:.1f} points "
+        f"(95 % {ends(gap)}; Holm p {p_words(pair['p_holm'])}); this study finds "
+        f"{100 * gap['smallest_detectable']:.1f} points before Holm"
     )
+    more = []
+    if needed["seeds"] is not None and needed["seeds"] < MANY_SEEDS:
+        more.append(f"{needed['seeds']} seeds")
+    if needed["prompts"] is not None and needed["prompts"] < MANY_PROMPTS:
+        more.append(f"{needed['prompts']:,} test prompts")
+    if more:
+        return f"{said}; about {' or '.join(more)} would decide it, were it the true one (80 % power, after Holm)."
+    return f"{said}; neither {MANY_SEEDS} seeds nor {MANY_PROMPTS:,} test prompts would decide so small a difference."
 
 
 def failures(task: Task, seeds: int) -> list[str]:
@@ -144,8 +152,8 @@ def conditional(results: Mapping[str, Any]) -> str:
     """What all of it is conditional on."""
     if results["start_seeds"] > 1:
         return (
-            f"Errors are over {results['start_seeds']} starts, each with data and a reward model of its own; what kind of "
-            "start and data these are is given."
+            f"Errors are over {results['start_seeds']} starts, each with data and a reward model of its own; what "
+            "kind of start and data these are is given."
         )
     return "One start, one body of data, one reward model: all of this is conditional on them; start_seeds varies them."
 
