@@ -23,8 +23,24 @@ from prefzoo.benchmarks import statistics
 from prefzoo.benchmarks.budgets import Meter, steps_of
 from prefzoo.benchmarks.judging import Answers, JudgeSpec, ScoreJudge, make_judge
 from prefzoo.benchmarks.materials import (
-    SEPARATOR, Facts, Inputs, Params, Rows, demonstrations_of, device, ended, first_turn, load_reward_model, load_start,
-    open_world, prompts_of, read_rows, reward_model_folder, start_model, world_scores, write_rows,
+    SEPARATOR,
+    Facts,
+    Inputs,
+    Params,
+    Rows,
+    demonstrations_of,
+    device,
+    ended,
+    first_turn,
+    load_reward_model,
+    load_start,
+    open_world,
+    prompts_of,
+    read_rows,
+    reward_model_folder,
+    start_model,
+    world_scores,
+    write_rows,
 )  # fmt: skip
 from prefzoo.benchmarks.rewards import reward_of
 from prefzoo.benchmarks.suites.spec import Budget
@@ -63,7 +79,7 @@ def cell(params: Params, inputs: Inputs, folder: Path) -> Facts:
 
 
 def trial(params: Params, inputs: Inputs, folder: Path) -> Facts:
-    """One candidate of a method's options: trained as a cell is, scored on validation prompts; its model is not kept."""
+    """One candidate of a method's options: trained as a cell is, scored on validation prompts; no model is kept."""
     start, tokenizer = load_start(inputs)
     policy, facts = trained(params, inputs, folder, start, tokenizer)
     rows = prompts_of(params, inputs, "validation", params["test_prompts"])

@@ -15,9 +15,10 @@ from prefzoo.benchmarks.judging import JudgeSpec
 from prefzoo.benchmarks.suites import Method, Suite, Task
 from prefzoo.parts.feedback import Verifier
 from prefzoo.parts.roles import TEACHER
-from prefzoo.registry import UsageError
+from prefzoo.registry import UsageError, suggest
 from prefzoo.seeds import generator
 from prefzoo.source import content_hash
+from prefzoo.training import TrainConfig
 
 MATERIALS, CELLS = "prefzoo.benchmarks.materials", "prefzoo.benchmarks.cells"
 TUNING_SEED = 1_000_003  # of trials: no seed of a report
@@ -235,26 +236,29 @@ def candidates(task: Task, method: Method) -> list[dict[str, Any]]:
     """The trials of a method: as it is written, then draws from its search space, none twice."""
     assert task.tuning is not None and method.algorithm is not None
     options, training = task.resolve(method)
-    space = {k: _values(v, (options | training).get(k), f"method {method.name!r}, search.{k}")
-             for k, v in _space(task, method).items()}  # fmt: skip
-    random = generator(0, "tuning", task.name, method.name)
-    found: list[dict[str, Any]] = [{}]
-    grid = None
-    if all(isinstance(v, list) for v in space.values()):
+    here = {**TrainConfig().model_dump(), **algorithm_entry(method.algorithm).options, **options, **training}
+    space: dict[str, Any] = {}
+    for key, told in _space(task, method).items():
+        where = f"task {task.name!r}, method {method.name!r}, search"
+        if key not in here:
+            raise UsageError(f"{where}: no option {key!r}{suggest(key, here)}")
+        space[key] = _values(told, here[key], f"{where}.{key}")
+    random, trials = generator(0, "tuning", task.name, method.name), task.tuning.trials
+    if all(isinstance(values, list) for values in space.values()):
         grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
-        here = {k: (options | training).get(k) for k in space}
-        grid = [g for g in grid if g != here]
-        if len(grid) + 1 < task.tuning.trials:
-            raise UsageError(
-                f"task {task.name!r}, method {method.name!r}: its search space has {len(grid)} values besides its own, and "
-                f"every method gets {task.tuning.trials} trials; give it more values, or the suite fewer trials."
-            )
-        order = random.permutation(len(grid))
-        return found + [grid[i] for i in order[: task.tuning.trials - 1]]
-    while len(found) < task.tuning.trials:
-        drawn = {k: v[int(random.integers(len(v)))] if isinstance(v, list) else v(random) for k, v in space.items()}
-        found += [drawn] if drawn not in found else []
-    return found
+        grid = [g for g in grid if any(here[k] != v for k, v in g.items())]
+        drawn = [grid[i] for i in random.permutation(len(grid))[: trials - 1]]
+    else:
+        drawn = []
+        for _ in range(100 * trials):
+            one = {k: v[int(random.integers(len(v)))] if isinstance(v, list) else v(random) for k, v in space.items()}
+            drawn += [one] if one not in drawn and len(drawn) < trials - 1 else []
+    if len(drawn) + 1 < trials:
+        raise UsageError(
+            f"task {task.name!r}, method {method.name!r}: its search space has {len(drawn)} values besides its own, "
+            f"and every method gets {trials} trials; give it more values, or the suite fewer trials."
+        )
+    return [{}, *drawn]
 
 
 def _values(told: Any, here: Any, where: str) -> Any:
@@ -313,9 +317,8 @@ def _tuned(made: Plan, task: Task, method: Method, inputs: Mapping[str, str]) ->
 def _not_applicable(task: Task) -> dict[str, str]:
     found = {m.name: reason for m in task.methods if (reason := _reason(task, m))}
     left = [m for m in task.algorithms if m.name not in found]
-    if "sft_more" in task.baselines:
-        if not left and not task.sft_more.get("tokens"):
-            found["sft_more"] = "no other method is trained here, so there is no count of tokens to match"
+    if "sft_more" in task.baselines and not left and not task.sft_more.get("tokens"):
+        found["sft_more"] = "no other method is trained here, so there is no count of tokens to match"
     return found
 
 
@@ -342,9 +345,9 @@ def _reason(task: Task, method: Method) -> str | None:
         return "the data has preferences but no answers that a verifier could check"
     if world is not None and world.name == "sums" and (made.data != "prompts" or not made.on_policy):
         return "this world has no preference labels, only a verifier"
-    if world is None and made.asks_for_reward and not verifies and task.feedback.reward_model is None:
-        if task.feedback.verifier is None:
-            return "it asks for a reward, and the task has neither a reward model nor a verifier (feedback)"
+    told = task.feedback.reward_model is not None or task.feedback.verifier is not None
+    if world is None and made.asks_for_reward and not told:
+        return "it asks for a reward, and the task has neither a reward model nor a verifier (feedback)"
     if TEACHER in made.needs and not task.feedback.teacher_rounds:
         return "it learns from a teacher, and the task has none"
     if any(getattr(s.feedback, "revises", False) for s in made.stages):

@@ -328,25 +328,46 @@ def chat(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="quick, verifiable, pairs, zoo, replication")],
-    data: Annotated[Path | None, typer.Option(help="preference pairs of yours (prefzoo bench pairs)")] = None,
+    suite: Annotated[
+        str, typer.Argument(metavar="SUITE", help="quick, preference, zoo, ... (prefzoo list suites), or FILE.yaml")
+    ],
+    data: Annotated[str | None, typer.Option(help="file, folder or hub id instead of the suite's data")] = None,
     algorithms: Annotated[str | None, typer.Option(metavar="A,B", help="only these, separated by commas")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="runs of each algorithm")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the results (default: runs/SUITE)")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("-s", "--set", metavar="KEY=VALUE", help="any value of the suite: start.model=FOLDER; repeatable"),
+    ] = None,
+    executor: Annotated[str, typer.Option(help="in-process, workers, ray (or ray:ADDRESS of a cluster)")] = "workers",
+    workers: Annotated[int | None, typer.Option(min=1, help="processes (default: one per core)")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "cpu",
     imports: Imports = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done, and do nothing")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="print how many prompts and seeds a difference needs")] = False,
+    points: Annotated[float, typer.Option(help="of --plan: the difference that matters, in points")] = 5.0,
+    seed_sd: Annotated[
+        float | None, typer.Option(help="of --plan: spread over seeds in points (default: as the folder's runs show)")
+    ] = None,
 ) -> None:
     """Train several algorithms on the same data and compare them; what is already in the folder is not run again.
 
     After Ctrl-C, a kill or a failure the same command goes on where it was.
     """
     from prefzoo import benchmarks
+    from prefzoo.cli import bench as command
+    from prefzoo.cli.training import read_settings
     from prefzoo.training import Stopped
 
     chosen = None if algorithms is None else [a.strip() for a in algorithms.split(",") if a.strip()]
-    folder = out or Path("runs") / suite
+    folder = out or Path("runs") / Path(suite).stem
+    asked = {"algorithms": chosen, "seeds": seeds, "data": data, "changes": read_settings(settings or [])}
+    if dry_run:
+        return command.dry_run(suite, folder, workers, imports, **asked)
+    if plan:
+        return command.plan_study(suite, folder, points, seed_sd, imports, **asked)
     try:
-        benchmarks.run(suite, out=folder, algorithms=chosen, seeds=seeds, data=data, imports=imports, workers=workers)
+        benchmarks.run(suite, out=folder, imports=imports, executor=executor, workers=workers, device=device, **asked)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         raise typer.Exit(stop.exit_code) from None

@@ -9,7 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from prefzoo.benchmarks.suites.spec import (
-    SFT_MORE, START, Budget, Data, Decoding, Feedback, Method, Start, Suite, Task, Tuning, World, about,
+    SFT_MORE,
+    START,
+    Budget,
+    Data,
+    Decoding,
+    Feedback,
+    Method,
+    Start,
+    Suite,
+    Task,
+    Tuning,
+    World,
+    about,
     read_suite,
 )  # fmt: skip
 from prefzoo.registry import Registry, UsageError, suggest

@@ -49,9 +49,7 @@ class World(Section):
     noise: float = Field(0.0, ge=0, le=0.5, description="share of their labels that are turned round afterwards")
     demonstrations: PositiveInt = Field(34_000, description="rows of the start's fine-tuning")
     prompts: PositiveInt = Field(2_500, description="prompts of the training data")
-    answers: PositiveInt = Field(
-        8, description="answers of the start to each, of which annotators judge disjoint pairs"
-    )
+    answers: PositiveInt = Field(8, description="of the start to each; annotators judge disjoint pairs")
     rated: bool = Field(False, description="answers are rated one by one, not only compared")
     validation_prompts: PositiveInt = Field(512, description="prompts that measure the reward model")
 
@@ -346,7 +344,8 @@ class Suite(Section):
                 raise ValueError(f"beside 'tasks' there are keys of a task: {', '.join(own)}; move them into one")
             world = own.get("world")
             named = world.get("name") if isinstance(world, Mapping) else getattr(world, "name", None)
-            value["tasks"] = [{"name": named or own.get("like") or str(value.get("name", "task")), **own}]
+            ready = own.get("like") if own.get("like") != "files" else None
+            value["tasks"] = [{"name": named or ready or str(value.get("name", "task")), **own}]
         if vary is not None:
             value["tasks"] = [t for task in value.get("tasks", ()) for t in _varied(task, vary)]
         return value
@@ -380,14 +379,15 @@ class Suite(Section):
 
 
 def read_suite(source: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Suite:
-    """A suite from a YAML file or a mapping, with values changed by dotted keys (``start.model``); all mistakes are told
-    by the key at fault.
+    """A suite from a YAML file or a mapping, with values changed by dotted keys (``start.model``); mistakes are told by
+    the key at fault.
 
     >>> suite = read_suite({"name": "mine", "world": {"name": "requests"}, "algorithms": ["dpo", "kto"]})
     >>> [m.name for m in suite.tasks[0].methods]
     ['start', 'dpo', 'kto', 'sft_more']
     """
-    where = "suite" if isinstance(source, Mapping) else str(source)
+    shipped = not isinstance(source, Mapping) and Path(source).parent == Path(__file__).parent
+    where = "suite" if isinstance(source, Mapping) else f"suite {Path(source).stem!r}" if shipped else str(source)
     if isinstance(source, Mapping):
         found = dict(source)
     else:
@@ -402,7 +402,7 @@ def read_suite(source: str | Path | Mapping[str, Any], changes: Mapping[str, Any
         found = {"name": Path(source).stem, **found}
     for key, value in (changes or {}).items():
         found = _changed(found, key.split("."), value)
-    return checked(Suite, found, where)
+    return checked(Suite, found, where, flat="tasks" not in found)
 
 
 def like(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -428,12 +428,13 @@ def merged(under: Any, over: Any) -> Any:
     return {**under, **{k: merged(under.get(k), v) for k, v in over.items()}}
 
 
-def checked(model: type[Section], found: Mapping[str, Any], where: str) -> Any:
-    """The section, or its first mistake in words."""
+def checked(model: type[Section], found: Mapping[str, Any], where: str, flat: bool = False) -> Any:
+    """The section, or its first mistake in words; ``flat``: the keys of the only task stand beside the suite's."""
     try:
         return model.model_validate(found)
     except ValidationError as error:
-        raise UsageError(f"{where}: {_said(model, error)}") from None
+        said = _said(model, error)
+        raise UsageError(f"{where}: {re.sub(r'tasks[.]0[.:] ?', '', said, count=1) if flat else said}") from None
 
 
 def split_options(algorithm: str, options: Options, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -513,10 +514,10 @@ def _said(model: type[BaseModel], error: ValidationError) -> str:
     place = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _keys(model, first["loc"][:-1])
-        inside = f" in {'.'.join(str(p) for p in first['loc'][:-1])!r}" if len(first["loc"]) > 1 else ""
+        inside = f" in {place.rpartition('.')[0]}" if len(first["loc"]) > 1 else ""
         key = str(first["loc"][-1])
         return f"no key {key!r}{inside}{suggest(key, known)} Known: {', '.join(known)}."
-    words = str(first["msg"]).removeprefix("Value error, ")
+    words = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
     got = "" if first["type"] in ("value_error", "missing") else f" (got {first['input']!r:.80})"
     return f"{place + ': ' if place else ''}{words}{got}."
 
