@@ -46,7 +46,8 @@ def study(
     planned = plan(made)
     outcomes: dict[str, Outcome] = {}
     for index, job in enumerate(planned.jobs):
-        place, key = folder / "cells" / job.name.replace("/", "-"), f"{index:016x}"
+        key = f"{index:016x}"
+        place = folder / "cells" / f"{job.name.replace('/', '-')}-{key}"
         if job.name in failed or any(n in failed for k, n in job.needs.items() if k not in job.optional):
             outcomes[job.name] = Outcome(job.name, key, place, None, "it diverged.", role=job.role)
             continue

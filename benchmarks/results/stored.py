@@ -200,20 +200,19 @@ def stored(tables: Mapping[str, pa.Table], task: str, judges: Mapping[str, Mappi
 
 
 def split(table: pa.Table, by: Sequence[str]) -> dict[tuple[Any, ...], pa.Table]:
-    """The table's rows by their values in some columns, in order of appearance."""
+    """The table's rows by their values in some columns, sorted by these: the order of rows changes nothing."""
     code_B, names = np.zeros(len(table), dtype=np.int64), []
     for column in by:
         found = table[column].combine_chunks().dictionary_encode()
         names.append(found.dictionary.to_pylist())
         code_B = code_B * len(names[-1]) + found.indices.to_numpy()
-    codes, first, part_B = np.unique(code_B, return_index=True, return_inverse=True)
-    order_B = np.argsort(part_B, kind="stable")
-    pieces = np.split(order_B, np.cumsum(np.bincount(part_B))[:-1])
+    codes, part_B = np.unique(code_B, return_inverse=True)
+    pieces = np.split(np.argsort(part_B, kind="stable"), np.cumsum(np.bincount(part_B))[:-1])
     made = {}
-    for index in np.argsort(first, kind="stable"):
-        place = np.unravel_index(codes[index], [len(n) for n in names])
-        made[tuple(n[i] for n, i in zip(names, place, strict=True))] = table.take(pieces[index])
-    return made
+    for code, piece in zip(codes, pieces, strict=True):
+        place = np.unravel_index(code, [len(n) for n in names])
+        made[tuple(n[i] for n, i in zip(names, place, strict=True))] = table.take(piece)
+    return dict(sorted(made.items()))
 
 
 def _ints(table: pa.Table, name: str) -> Array:
