@@ -127,6 +127,19 @@ def test_seeds_count():
     assert one.this_run_only and one.se_seeds is None and one.se == one.se_prompts and one.df == 119
 
 
+def test_a_frame_of_seeds_and_prompts_is_its_table():
+    y_SN, method_SN, baseline_N, difficulty_N = judged(np.random.default_rng(8), n_prompts=60)
+    seed, prompt = np.indices(y_SN.shape)
+    rows = {"y": y_SN, "seed": seed, "prompt": prompt, "passage": prompt // 2, "len_method": method_SN}
+    rows |= {"len_baseline": baseline_N[prompt], "difficulty": difficulty_N[prompt]}
+    frame = pd.DataFrame({name: values.ravel() for name, values in rows.items()}).sample(frac=1, random_state=0)
+    one = length_controlled(frame, difficulty="difficulty", clusters="passage", resamples=50)
+    other = length_controlled(
+        y_SN, method_SN, baseline_N, difficulty=difficulty_N, clusters=np.arange(60) // 2, resamples=50
+    )
+    assert (one.n_seeds, one.n_clusters, one.estimate) == (4, 30, pytest.approx(other.estimate))
+
+
 def test_difficulty_is_the_penalised_maximum_and_shrinks():
     random = np.random.default_rng(4)
     truth_N = random.normal(0, 1, 150)

@@ -12,9 +12,12 @@ The package needs numpy and scipy only.
 """
 
 from .aggregates import iqm, performance_profile, probability_of_improvement
+from .agreement import Agreement, JudgeQuality, agreement, judge_quality
 from .crossed import difference, mean, sensitivity, two_way_bootstrap_se, win_rate
 from .exact import cochran_q, mcnemar, permutation_test, sign_flip, sign_test, wilcoxon, wilson
 from .families import benjamini_hochberg, equivalence, holm, holm_lower_bounds, verdict
+from .length_control import AlpacaEval, Gamed, LengthControlled, alpaca_eval, length_controlled, prompt_difficulty
+from .overoptimisation import KL, Frontier, FrontierArea, GaoFit, Peak, frontier, frontier_area, gao_fit, kl
 from .power import (
     noise_of,
     plan_study,
@@ -51,21 +54,34 @@ from .records import (
 from .samples import best_of_n, kl_best_of_n, pass_at_k
 from .simultaneous import max_t
 from .tables import Clusters, win
+from .text import AlignmentTax, Diversity, alignment_tax, distinct_n, diversity, entropy, self_bleu
 
 __all__ = [
+    "KL",
     "Aggregate",
+    "Agreement",
+    "AlignmentTax",
+    "AlpacaEval",
     "BestOfNKL",
     "BradleyTerry",
     "Clusters",
     "CochranQ",
     "Difference",
+    "Diversity",
     "Elo",
     "Equivalence",
     "Estimate",
+    "Frontier",
+    "FrontierArea",
+    "Gamed",
+    "GaoFit",
+    "JudgeQuality",
+    "LengthControlled",
     "LowerBounds",
     "MaxT",
     "McNemar",
     "Noise",
+    "Peak",
     "PermutationTest",
     "Plan",
     "Power",
@@ -77,17 +93,29 @@ __all__ = [
     "SignTest",
     "Verdict",
     "Wilcoxon",
+    "agreement",
+    "alignment_tax",
+    "alpaca_eval",
     "benjamini_hochberg",
     "best_of_n",
     "bradley_terry",
     "cochran_q",
     "difference",
+    "distinct_n",
+    "diversity",
     "elo",
+    "entropy",
     "equivalence",
+    "frontier",
+    "frontier_area",
+    "gao_fit",
     "holm",
     "holm_lower_bounds",
     "iqm",
+    "judge_quality",
+    "kl",
     "kl_best_of_n",
+    "length_controlled",
     "max_t",
     "mcnemar",
     "mean",
@@ -98,9 +126,11 @@ __all__ = [
     "plan_study",
     "power",
     "probability_of_improvement",
+    "prompt_difficulty",
     "prompts_needed",
     "prompts_needed_mcnemar",
     "prompts_needed_paired",
+    "self_bleu",
     "sensitivity",
     "sign_flip",
     "sign_test",

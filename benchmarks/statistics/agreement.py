@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .columns import columns, is_frame
+from .columns import columns, is_frame, names_of
 from .fits import Coefficient, coefficient, fractional_logit, jackknife, separated, share
 from .records import FloatArray, Record
 from .tables import Clusters, Groups, finite
@@ -128,7 +128,7 @@ def agreement(
         alpha_R = _ratio((coincidence_RCC * delta_RCC).sum((1, 2)), (chance_RCC * delta_RCC).sum((1, 2)))
         return np.concatenate([matched / np.maximum(1, comparisons), cohen_RP, fleiss_R1, alpha_R[:, None]], axis=1)
 
-    value_K, covariance_KK = jackknife(statistic, sums_GF)
+    value_K, covariance_KK = jackknife(statistic, sums_GF.astype(np.float64))
     df = groups.n_clusters - 1
 
     def chance_corrected(k: int) -> Coefficient | None:
@@ -231,8 +231,7 @@ def _labels(
 ) -> tuple[list[str], tuple[Any, ...], npt.NDArray[np.intp], Groups]:
     """Raters, sorted categories, the category's number of each label (-1: missing), clusters."""
     if is_frame(labels):
-        known = [str(column) for column in getattr(labels, "column_names", labels.columns)]
-        raters = list(raters) if raters is not None else [name for name in known if name != clusters]
+        raters = list(raters) if raters is not None else [name for name in names_of(labels) if name != clusters]
         *given, clusters = columns(labels, raters[0], **{name: name for name in raters[1:]}, clusters=clusters)
         labels = np.stack([np.asarray(column, dtype=object) for column in given], axis=1)
     table = np.asarray(labels, dtype=object)

@@ -13,6 +13,11 @@ def is_frame(value: Any) -> bool:
     return hasattr(value, "columns") and hasattr(value, "__getitem__")
 
 
+def names_of(frame: Any) -> list[str]:
+    """The names of a frame's columns."""
+    return [str(column) for column in getattr(frame, "column_names", frame.columns)]
+
+
 def columns(frame: Any, name: str, /, **others: Any) -> list[Any]:
     """The arrays meant by arguments that are either a frame and column names, or arrays already; None stays None.
 
@@ -29,7 +34,7 @@ def columns(frame: Any, name: str, /, **others: Any) -> list[Any]:
         if missing:
             raise ValueError(f"{missing[0]} is missing: give arrays for {name}, {', '.join(missing)}, or a frame")
         return [frame, *others.values()]
-    known = [str(column) for column in getattr(frame, "column_names", frame.columns)]
+    known = names_of(frame)
 
     def column(value: Any) -> Any:
         if not isinstance(value, str):

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize, special
 
-from .columns import columns
+from .columns import columns, is_frame, names_of
 from .fits import Coefficient, coefficient, fractional_logit, separated, share
+from .frames import read
 from .inference import satterthwaite
 from .records import FloatArray, Record
-from .tables import Clusters, Groups, finite, judgements, stream
+from .tables import Clusters, Groups, finite, judgements, stream, table
 
 BATCH = 2_000_000  # numbers of a resampled design held at once
 
@@ -96,7 +97,8 @@ def length_controlled(
     corrected downwards as well. Show `raw` beside it.
 
     Args:
-        y: judgements in [0, 1], (N,) or (S, N); or a frame with the columns named by the other arguments, and y.
+        y: judgements in [0, 1], (N,) or (S, N); or a frame of one run with columns y and those named by the other
+            arguments; or a frame with columns seed and prompt as well, as `mean` takes it.
         len_method: lengths of the method's answers, in characters or tokens, shaped as y.
         len_baseline: lengths of the baseline's answers, shaped as y or (N,).
         difficulty: (N,) log odds that prompts give to any method, from `prompt_difficulty` of the *other* methods; None
@@ -119,16 +121,25 @@ def length_controlled(
     >>> result.length.estimate < 0, result.estimate < result.raw
     (True, True)
     """
-    y, len_method, len_baseline, difficulty, clusters = columns(
-        y, "y", len_method=len_method, len_baseline=len_baseline, difficulty=difficulty, clusters=clusters
-    )
-    y_SN = judgements("y", np.atleast_2d(np.asarray(y, dtype=float)))
+    if is_frame(y) and "seed" in names_of(y):
+        frame, roles = y, {"cluster": str(clusters)} if clusters is not None else {}
+        groups = read(frame, names=roles).groups
+        y, len_method, len_baseline, difficulty = (
+            name if name is None else read(frame, names={"y": name, **roles}, argument=name).y_SN
+            for name in ("y", len_method, len_baseline, difficulty)
+        )
+    else:
+        y, len_method, len_baseline, difficulty, clusters = columns(
+            y, "y", len_method=len_method, len_baseline=len_baseline, difficulty=difficulty, clusters=clusters
+        )
+        y = np.atleast_2d(np.asarray(y, dtype=float))
+        groups = Groups.of(clusters, y.shape[1])
+    y_SN = judgements("y", table("y", y))
     n_seeds, n_prompts = y_SN.shape
     dlen_SN = _like("len_baseline", len_baseline, y_SN) - _like("len_method", len_method, y_SN)
     features_SNP = np.ones((n_seeds, n_prompts, 2 if difficulty is None else 3))
     if difficulty is not None:
         features_SNP[..., 1] = _like("difficulty", difficulty, y_SN)
-    groups = Groups.of(clusters, n_prompts)
     if resamples < 2:
         raise ValueError(f"resamples = {resamples}: a standard error needs at least 2")
 
@@ -196,7 +207,7 @@ def prompt_difficulty(y_MN: npt.ArrayLike, *, ridge: float = 1.0) -> FloatArray:
     >>> prompt_difficulty([[1.0, 0.5, 0.0], [1.0, 0.5, 0.0]]).round(3).tolist()
     [0.675, 0.0, -0.675]
     """
-    y_MN = judgements("y_MN", y_MN)
+    y_MN = judgements("y_MN", np.atleast_2d(finite("y_MN", y_MN)))
     n_methods = len(y_MN)
     if not ridge > 0:
         raise ValueError(f"ridge = {ridge}: must be positive, or a prompt that all methods win would be infinite")
@@ -247,7 +258,7 @@ def alpaca_eval(
     y, len_method, len_baseline, difficulty = columns(
         y, "y", len_method=len_method, len_baseline=len_baseline, difficulty=difficulty
     )
-    y_SN = judgements("y", np.atleast_2d(np.asarray(y, dtype=float)))
+    y_SN = judgements("y", table("y", np.atleast_2d(np.asarray(y, dtype=float))))
     if len(y_SN) > 1:
         raise ValueError(f"AlpacaEval judges one run, y has {len(y_SN)}: pass one row, or use `length_controlled`")
     y_N, n = y_SN[0], y_SN.shape[1]
@@ -257,10 +268,9 @@ def alpaca_eval(
         return _tanh(baseline_N[None] - _like(name, length, y_SN), np.ones((1, 1, n)))[0, 0]
 
     x_NP = np.stack([tanh_N(len_method, "len_method"), difficulty_N, np.ones(n)], axis=1)
-    lengths, weight, sums_P = (), 0.0, np.zeros(3)
-    if gamed is not None:
-        lengths, weight, sums_P = gamed.lengths, gamed.weight, np.array([gamed.sum_tanh, gamed.sum_difficulty, 0.0])
-    rows = [np.stack([tanh_N(length, "gamed"), difficulty_N, np.zeros(n)], axis=1) for length in lengths]
+    gamed = gamed or Gamed((), 0.0, 0.0)
+    weight, sums_P = gamed.weight, np.array([gamed.sum_tanh, gamed.sum_difficulty, 0.0])
+    rows = [np.stack([tanh_N(length, "gamed"), difficulty_N, np.zeros(n)], axis=1) for length in gamed.lengths]
     all_MP = np.concatenate([x_NP, *rows])
     weight_M = np.repeat([1.0, weight], [n, len(all_MP) - n])
     if penalty == 0:
@@ -309,7 +319,7 @@ def _tanh(dlen_SN: FloatArray, weight_RSN: FloatArray) -> FloatArray:
 def _draw(random: np.random.Generator, resamples: int, n_units: int) -> FloatArray:
     """Weights of resampled units; one less is drawn than there are, or the variance would shrink by 1 - 1/n."""
     drawn = random.multinomial(n_units - 1, np.full(n_units, 1 / n_units), size=resamples)
-    return drawn * (n_units / (n_units - 1))
+    return np.asarray(drawn * (n_units / (n_units - 1)), dtype=np.float64)
 
 
 def _refuse_where_infinite(x_MP: FloatArray, y_M: FloatArray) -> None:

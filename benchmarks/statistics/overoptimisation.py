@@ -213,7 +213,7 @@ def frontier(kl: npt.ArrayLike, gold: npt.ArrayLike) -> Frontier:
         raise ValueError(f"kl has shape {d_P.shape}, gold has shape {gold_P.shape}: one value each per point")
     no_worse_PP = (d_P[:, None] <= d_P) & (gold_P[:, None] >= gold_P)
     better_PP = (d_P[:, None] < d_P) | (gold_P[:, None] > gold_P)
-    return Frontier(d_P, gold_P, ~(no_worse_PP & better_PP).any(0))
+    return Frontier(d_P, gold_P, ~np.any(no_worse_PP & better_PP, axis=0))
 
 
 def frontier_area(
@@ -282,7 +282,7 @@ def _peak(
     else:
         with np.errstate(over="ignore"):
             d, *ends = (float(np.exp(value - 1)) for value in (alpha / beta, low, high))
-        ci, gold = tuple(ends), beta * d
+        ci, gold = (ends[0], ends[1]), beta * d
     return Peak(float(d), ci, level, float(d**2), float(gold), bool(d_K.min() <= d <= d_K.max()))
 
 
