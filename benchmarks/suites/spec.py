@@ -434,7 +434,8 @@ def checked(model: type[Section], found: Mapping[str, Any], where: str, flat: bo
         return model.model_validate(found)
     except ValidationError as error:
         said = _said(model, error)
-        raise UsageError(f"{where}: {re.sub(r'tasks[.]0[.:] ?', '', said, count=1) if flat else said}") from None
+        said = re.sub(r"^tasks[.]0[.:] ?", "", said.replace(" in tasks.0.", " in ")) if flat else said
+        raise UsageError(f"{where}: {said}") from None
 
 
 def split_options(algorithm: str, options: Options, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
