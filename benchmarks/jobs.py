@@ -125,7 +125,8 @@ def run_jobs(
     Raises ``Stopped`` after Ctrl-C or SIGTERM: every job has then written where it is, as far as it could.
     """
     keys = keys_of(jobs)
-    folders = {j.name: out / "cells" / f"{j.name.replace('/', '-')}-{keys[j.name]}" for j in jobs}
+    planned = {j.name: out / "cells" / f"{j.name.replace('/', '-')}-{keys[j.name]}" for j in jobs}
+    folders = dict(planned)
     done: dict[str, Outcome] = {}
     waiting = list(jobs)
     running: dict[str, Job] = {}
@@ -156,35 +157,34 @@ def run_jobs(
                         waiting.remove(job)
                         finish(job, None, f"it needs {broken[0]}, which failed")
                     elif all(n in done for n in job.needs.values()):
+                        folders[job.name] = _folder_of(job, planned, done)
+                        facts = work.finished(folders[job.name])
+                        if facts is not None:
+                            waiting.remove(job)
+                            finish(job, facts, reused=True)
+                            continue
                         inputs = {k: done[n].folder for k, n in job.needs.items() if k not in failed}
-                        if failed:
-                            folders[job.name] = _without(folders[job.name], failed)
-                            facts = work.finished(folders[job.name])
-                            if facts is not None:
-                                waiting.remove(job)
-                                finish(job, facts, reused=True)
-                                continue
                         try:
                             started = crew.start(job, inputs, folders[job.name])
-                        except UsageError as error:
+                        except UsageError as refusal:
                             waiting.remove(job)
-                            finish(job, None, str(error))
+                            finish(job, None, str(refusal))
                             continue
                         if started:
                             waiting.remove(job)
                             running[job.name] = job
                 # Signals are looked for in between: an exception in the midst of anything would be worse.
-                for name, facts, error in crew.wait(0.2):
-                    job = running.pop(name)
-                    if facts is not None or error is not None:
-                        finish(job, facts, error)
+                for ended in crew.wait(0.2):
+                    job = running.pop(ended.name)
+                    if not ended.died:
+                        finish(job, ended.facts, ended.error)
                         continue
-                    deaths[name] += 1
-                    if deaths[name] == DEATHS:
+                    deaths[job.name] += 1
+                    if deaths[job.name] == DEATHS:
                         few = " With fewer --workers each has more memory." if crew.width > 1 else ""
                         finish(job, None, f"its process died three times (killed, or out of memory?).{few}")
                     else:
-                        note(f"{name}: its process died; another one goes on with it")
+                        note(f"{job.name}: its process died; another one goes on with it")
                         waiting.append(job)
         except BaseException as error:
             crew.stop()
@@ -195,7 +195,46 @@ def run_jobs(
     return done
 
 
-def _without(folder: Path, failed: set[str]) -> Path:
-    """Where a job is done without some of its inputs."""
-    left = hashlib.sha256(json.dumps(sorted(failed)).encode()).hexdigest()[:4]
-    return folder if folder.name.endswith(f"-without-{left}") else folder.with_name(f"{folder.name}-without-{left}")
+def _folder_of(job: Job, planned: Mapping[str, Path], done: Mapping[str, Outcome]) -> Path:
+    """The planned folder, or one beside it where inputs failed or were made without theirs: the key tells not that."""
+    unusual = {
+        k: None if done[n].error else done[n].folder.name
+        for k, n in sorted(job.needs.items())
+        if done[n].error or done[n].folder != planned[n]
+    }
+    beside = hashlib.sha256(json.dumps(unusual).encode()).hexdigest()[:8]
+    folder = planned[job.name]
+    return folder.with_name(f"{folder.name}-without-{beside}") if unusual else folder
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Seconds that were not spent: on shared jobs, by name, and on what an earlier call had done."""
+
+    shared: Mapping[str, float]
+    reused: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.shared.values()) + self.reused
+
+
+def saved(jobs: Sequence[Job], outcomes: Mapping[str, Outcome]) -> Saved:
+    """What a suite saved: without sharing, every cell would make for itself the shared jobs and choices it rests on.
+
+    shared(a) = seconds(a) * (number of cells and trials that need a - 1)
+
+    """
+    rests: dict[str, set[str]] = {}  # a shared job or choice -> those that it rests on, itself too
+    users: Counter[str] = Counter()
+    for job in jobs:
+        on = set().union(*(rests.get(name, set()) for name in job.needs.values()))
+        if job.role in ("shared", "choice"):
+            rests[job.name] = on | {job.name}
+        elif job.role in ("cell", "trial"):
+            users.update(on)
+    spent = {name: float(o.facts["seconds"]) for name, o in outcomes.items() if o.facts}
+    return Saved(
+        {name: spent[name] * (count - 1) for name, count in users.items() if name in spent and count > 1},
+        sum(spent[name] for name, o in outcomes.items() if o.reused and name in spent),
+    )

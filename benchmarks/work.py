@@ -46,11 +46,11 @@ def lock_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def begin(imports: Sequence[Path], devices: str) -> None:
-    """Once per worker process: its devices, one thread, users' files registered; it leaves when its parent does."""
+def begin(imports: Sequence[Path], gpu: str) -> None:
+    """Once per worker process: its GPU, one thread, users' files registered; it leaves when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C the parent hears as well, and tells
     signal.signal(signal.SIGTERM, _terminated)
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     settle(imports)
 

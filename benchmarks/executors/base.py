@@ -21,6 +21,10 @@ class Ended(NamedTuple):
     facts: Mapping[str, Any] | None
     error: str | None
 
+    @property
+    def died(self) -> bool:
+        return self.facts is None and self.error is None
+
 
 class Crew(Protocol):
     """The processes of an executor while a suite runs."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefzoo.benchmarks import work
 from prefzoo.benchmarks.executors.base import Ended, Signals
+from prefzoo.benchmarks.executors.gpus import Gpu, Places, usable_gpus
 from prefzoo.registry import UsageError
 
 if TYPE_CHECKING:
@@ -24,17 +25,19 @@ Call = concurrent.futures.Future[Any]
 
 @dataclass(frozen=True)
 class Workers:
-    """Processes of one thread each.
+    """Processes of one thread each. A job that wants a GPU gets the one with the most free memory, or waits for it.
 
     Args:
         count: how many; None: one per core.
+        device: for the jobs that want a GPU: auto (a GPU where there is one), cpu or cuda. Others see none.
     """
 
     count: int | None = None
+    device: str = "auto"
 
     @contextlib.contextmanager
     def open(self, out: Path, imports: Sequence[Path], signals: Signals) -> Iterator[_WorkersCrew]:
-        crew = _WorkersCrew(self.count or os.cpu_count() or 1, imports, signals)
+        crew = _WorkersCrew(self.count or os.cpu_count() or 1, usable_gpus(self.device), imports, signals)
         try:
             yield crew
         finally:
@@ -42,8 +45,9 @@ class Workers:
 
 
 class _WorkersCrew:
-    def __init__(self, width: int, imports: Sequence[Path], signals: Signals) -> None:
+    def __init__(self, width: int, gpus: Sequence[Gpu], imports: Sequence[Path], signals: Signals) -> None:
         self.width = width
+        self._places = Places(gpus, width) if gpus else None
         self._imports = imports
         self._signals = signals
         self._idle: list[_Worker] = []
@@ -53,14 +57,32 @@ class _WorkersCrew:
     def start(self, job: Job, inputs: Mapping[str, Path], folder: Path) -> bool:
         if len(self._running) == self.width:
             return False
-        worker = self._idle.pop() if self._idle else _Worker(self._imports, self._signals)
+        gpu = self._places.take(job.name, job.memory) if self._places and job.on_device else work.HIDDEN
+        if gpu is None:
+            return False
+        worker = self._worker(gpu)
         try:
             call = worker.submit(work.work, job.call, dict(job.params), dict(inputs), folder)
         except concurrent.futures.BrokenExecutor:  # it was killed while it had nothing to do
             worker.leave()
+            self._give_back(job.name)
             return False
         self._running[call] = job.name, worker
         return True
+
+    def _worker(self, gpu: str) -> _Worker:
+        """An idle process that sees this GPU, else a new one: a process keeps the GPU that it was born with."""
+        for worker in self._idle:
+            if worker.gpu == gpu:
+                self._idle.remove(worker)
+                return worker
+        if len(self._idle) + len(self._running) == self.width:
+            self._idle.pop(0).leave()
+        return _Worker(self._imports, self._signals, gpu)
+
+    def _give_back(self, name: str) -> None:
+        if self._places:
+            self._places.give_back(name)
 
     def wait(self, seconds: float) -> list[Ended]:
         ready, _ = concurrent.futures.wait(self._running, seconds, concurrent.futures.FIRST_COMPLETED)
@@ -69,12 +91,14 @@ class _WorkersCrew:
 
     def _end(self, call: Call) -> Ended:
         name, worker = self._running.pop(call)
+        self._give_back(name)
         try:
             facts, error = call.result()
         except concurrent.futures.BrokenExecutor:
             facts = error = None
         self._stillborn = 0 if worker.began else self._stillborn + 1
-        if facts is None and error is None:
+        ended = Ended(name, facts, error)
+        if ended.died:
             worker.leave()
         else:
             self._idle.append(worker)
@@ -83,7 +107,7 @@ class _WorkersCrew:
                 "the worker processes die before they begin; what they printed says why. A script that runs a suite "
                 "needs: if __name__ == '__main__'."
             )
-        return Ended(name, facts, error)
+        return ended
 
     def stop(self) -> None:
         """Who takes longer than half a minute, or until a second signal, is killed."""
@@ -105,9 +129,10 @@ class _WorkersCrew:
 class _Worker:
     """A process for one job at a time, alone in its pool: its death takes nobody else with it."""
 
-    def __init__(self, imports: Sequence[Path], signals: Signals, devices: str = work.HIDDEN) -> None:
+    def __init__(self, imports: Sequence[Path], signals: Signals, gpu: str) -> None:
+        self.gpu = gpu
         context = multiprocessing.get_context("spawn")  # a forked torch deadlocks
-        self._pool = concurrent.futures.ProcessPoolExecutor(1, context, work.begin, (tuple(imports), devices))
+        self._pool = concurrent.futures.ProcessPoolExecutor(1, context, work.begin, (tuple(imports), gpu))
         with signals.no_interrupt():
             self._first = self._pool.submit(os.getpid)
 
