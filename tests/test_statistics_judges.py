@@ -4,8 +4,6 @@ import gzip
 import itertools
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +12,6 @@ from scipy import special
 
 from prefzoo.benchmarks.statistics.agreement import agreement, judge_quality
 
-DATA = Path(os.environ.get("PREFZOO_DATA", "../shared/data"))
 X = math.nan
 KRIPPENDORFF = np.array(  # his example of four observers with gaps (2011, section C)
     [
@@ -134,8 +131,8 @@ def test_bad_labels_are_refused(labels, options, words):
         agreement(table, **options)
 
 
-def test_pandalm_has_the_published_agreement():
-    rows = rows_of(DATA / "pandalm_human" / "pandalm_testset.jsonl.gz")
+def test_pandalm_has_the_published_agreement(data_dir):
+    rows = rows_of(data_dir / "pandalm_human" / "pandalm_testset.jsonl.gz")
     raters = ["annotator1", "annotator2", "annotator3"]
     result = agreement(rows, raters=raters, clusters="idx")
     kappas = [round(found.estimate, 2) for found in result.cohen.values()]
@@ -216,8 +213,8 @@ def test_bad_verdicts_are_refused():
         judge_quality([1.0, 0.0], [1, 2])
 
 
-def test_longer_wins_on_llmbar():
-    rows = rows_of(DATA / "llmbar" / "llmbar.jsonl.gz")
+def test_longer_wins_on_llmbar(data_dir):
+    rows = rows_of(data_dir / "llmbar" / "llmbar.jsonl.gz")
     len_a, len_b = rows["output_1"].str.len(), rows["output_2"].str.len()
     verdict = 0.5 + np.sign(len_a - len_b) / 2
     accuracy = {

@@ -3,8 +3,6 @@
 import gzip
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,36 +11,41 @@ from scipy import optimize, special
 
 from prefzoo.benchmarks.statistics.length_control import Gamed, alpaca_eval, length_controlled, prompt_difficulty
 
-DATA = Path(os.environ.get("PREFZOO_DATA", "../shared/data"), "alpaca_eval_winrates")
 MODELS = ("FuseChat-Llama-3.1-8B-Instruct", "alpaca-farm-ppo-human", "claude", "gpt-3.5-turbo-0301", "vicuna-7b-v1.5")
 
 
 @pytest.fixture(scope="module")
-def instructions():
-    if not DATA.exists():
-        pytest.skip(f"no {DATA}")
-    return pd.read_csv(DATA / "lc_instructions.csv")
+def folder(data_dir):
+    folder = data_dir / "alpaca_eval_winrates"
+    if not folder.exists():
+        pytest.skip(f"no {folder}")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def gamed(instructions):
-    regulariser = json.loads((DATA / "lc_regulariser.json").read_text())
+def instructions(folder):
+    return pd.read_csv(folder / "lc_instructions.csv")
+
+
+@pytest.fixture(scope="module")
+def gamed(folder, instructions):
+    regulariser = json.loads((folder / "lc_regulariser.json").read_text())
     lengths = (instructions["len_gamed_concise"], instructions["len_gamed_verbose"])
     return Gamed(lengths, regulariser["S_tanh"], regulariser["S_difficulty"])
 
 
-def published(model, instructions):
+def published(folder, model, instructions):
     """A model's rows as a frame, and its published and exact numbers."""
-    with gzip.open(DATA / f"{model}.jsonl.gz", "rt", encoding="utf-8") as lines:
+    with gzip.open(folder / f"{model}.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = pd.DataFrame([json.loads(line) for line in lines])
     rows["y"] = np.where(rows["preference"] == 0, 0.5, rows["preference"] - 1)
     rows["difficulty"] = instructions["instruction_difficulty"]
-    return rows.rename(columns={"len_model": "len_method"}), json.loads((DATA / "expected.json").read_text())[model]
+    return rows.rename(columns={"len_model": "len_method"}), json.loads((folder / "expected.json").read_text())[model]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_published_numbers_are_reproduced(model, instructions, gamed):
-    rows, numbers = published(model, instructions)
+def test_published_numbers_are_reproduced(folder, model, instructions, gamed):
+    rows, numbers = published(folder, model, instructions)
     shown, exact = numbers["published"], numbers["recomputed"]
     plain, regularised = alpaca_eval(rows), alpaca_eval(rows, gamed=gamed)
     assert plain.win_rate == pytest.approx(shown["win_rate"], abs=1e-9)
@@ -64,8 +67,8 @@ def test_published_numbers_are_reproduced(model, instructions, gamed):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_our_fit_is_the_unpenalised_one_and_its_error_is_larger(model, instructions):
-    rows, numbers = published(model, instructions)
+def test_our_fit_is_the_unpenalised_one_and_its_error_is_larger(folder, model, instructions):
+    rows, numbers = published(folder, model, instructions)
     exact = numbers["recomputed"]
     ours = length_controlled(rows, difficulty="difficulty", resamples=200)
     minimal = length_controlled(rows, resamples=2)

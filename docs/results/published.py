@@ -49,19 +49,20 @@ def alpaca_eval(folder: Path) -> Iterator[str]:
         published = shown["length_controlled_winrate"]
         apart.append((win_apart, abs(theirs.estimate - published), abs(100 * ours.estimate - published)))
         their_se, our_se = exact["lc_se_from_published_weights"], 100 * ours.se
-        rows.append(
-            f"| {model} | {theirs.win_rate:.2f} ± {theirs.standard_error:.2f} "
-            f"| {shown['length_controlled_winrate']:.2f} | {theirs.estimate:.2f} | {their_se:.2f} | {100 * ours.estimate:.2f} | **{our_se:.2f}** "
-            f"| {our_se / their_se:.1f} | {ours.length.estimate:+.2f} ± {ours.length.se:.2f} |"
-        )
+        cells = [
+            model, f"{theirs.win_rate:.2f} ± {theirs.standard_error:.2f}", f"{published:.2f}", f"{theirs.estimate:.2f}",
+            f"{their_se:.2f}", f"{100 * ours.estimate:.2f}", f"**{our_se:.2f}**", f"{our_se / their_se:.1f}",
+            f"{ours.length.estimate:+.2f} ± {ours.length.se:.2f}",
+        ]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
     wins, refit, own = np.max(apart, axis=0)
     yield "## AlpacaEval 2: win rates, and win rates at equal length"
     yield (
         "805 judgements of each of five models. Win rates and their errors agree with the published ones to "
         f"{'1e-9' if wins < 1e-9 else f'{wins:.0e}'}, the refit of the length-controlled win rate, with gamed rows and "
-        f"penalty, to {refit:.3f} points or better. Our own fit has neither: it is up to {own:.1f} points away. Its error "
-        "comes from refitting resampled instructions; AlpacaEval's formula leaves the fit out. Both take AlpacaEval's "
-        "difficulties of the instructions as known. All in per cent, errors are standard errors."
+        f"penalty, to {refit:.3f} points or better. Our own fit has neither: it is up to {own:.1f} points away. Its "
+        "error comes from refitting resampled instructions; AlpacaEval's formula leaves the fit out. Both take "
+        "AlpacaEval's difficulties of the instructions as known. All in per cent, errors are standard errors."
     )
     yield "\n".join(
         [
@@ -98,8 +99,8 @@ def pandalm(path: Path) -> Iterator[str]:
     rated = statistics.bradley_terry(*battles, clusters=np.repeat(rows["idx"], 3))
     naive = statistics.bradley_terry(*battles)
     yield (
-        "Three labels of a pair are not three battles. Bradley-Terry ratings of the five models (mean 1000), with the error "
-        "clustered by pair, and with the error that takes labels as independent:"
+        "Three labels of a pair are not three battles. Bradley-Terry ratings of the five models (mean 1000), with the "
+        "error clustered by pair, and with the error that takes labels as independent:"
     )
     lines = [
         f"| {r.name} | {r.estimate:.0f} ({r.ci[0]:.0f} to {r.ci[1]:.0f}) | {r.best_rank} to {r.worst_rank} "
