@@ -107,7 +107,7 @@ def choice(params: Params, inputs: Inputs, folder: Path) -> Facts:
 def judgement(params: Params, inputs: Inputs, folder: Path) -> Facts:
     """What one judge says of a cell's answers: a score of each, or who wins against a baseline, in both orders."""
     tokenizer = load_tokenizer(start_model(inputs["start"]))
-    spec = JudgeSpec.model_validate(params["judge"])
+    spec = JudgeSpec.model_validate(params["how"])
     rows = prompts_of(params, inputs, "test", params["test_prompts"])
     cache = folder.parent.parent / "cache"
     mine = stored(inputs["cell"] / "rows.parquet", rows, tokenizer)

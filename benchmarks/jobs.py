@@ -41,6 +41,7 @@ class Job:
     """``call`` is ``"module:function"`` with the signature ``(params, inputs, folder) -> facts``.
 
     Args:
+        params: ``how`` among them changes no result (a timeout, a limit of calls), and is no part of the key.
         needs: names of inputs -> names of the jobs that make them.
         weight: expected seconds; of the jobs that are ready the longest starts first.
         sources: hashes of the registered functions that it uses.
@@ -90,7 +91,7 @@ def keys_of(jobs: Sequence[Job]) -> dict[str, str]:
     for job in jobs:
         facts = {
             "call": job.call,
-            "params": job.params,
+            "params": {k: v for k, v in job.params.items() if k != "how"},
             "needs": {k: keys[v] for k, v in sorted(job.needs.items())},
             "sources": job.sources,
             "version": prefzoo.__version__,

@@ -215,7 +215,7 @@ def _judged(
         needs = {k: inputs[k] for k in ("start", "data", *judge.needs) if k in inputs} | {"cell": cell}
         job = Job(
             f"{task.name}/{name}/{seed}/{judge.name}", f"{CELLS}:judgement",
-            {**params, "judge": judge.model_dump(mode="json"), "against": against},
+            {**params, "judge": judge.in_key(), "how": judge.model_dump(mode="json"), "against": against},
             needs | {b: cells[b] for b in against}, 10, judge.sources(), role="judgement", on_device=True,
         )  # fmt: skip
         names = made.judgements[task.name].setdefault(judge.name, {}).setdefault(name, [])
@@ -296,7 +296,7 @@ def _tuned(made: Plan, task: Task, method: Method, inputs: Mapping[str, str]) ->
         params = _cell(Suite(name="tuning", tasks=(task,)), task, tried, 0)
         params |= {
             "seed": TUNING_SEED, "samples": tuning.samples, "test_prompts": tuning.prompts, "candidate": candidate,
-            "judge": judge.model_dump(mode="json"),
+            "judge": judge.in_key(),
         }  # fmt: skip
         needs = _needed(task, tried, inputs) | {n: inputs[n] for n in judge.needs if n in inputs}
         sources = _sources(tried, task) | judge.sources()

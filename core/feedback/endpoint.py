@@ -50,6 +50,8 @@ class Endpoint:
             (``backoff`` seconds at first), or what the server asks for (``Retry-After``).
         concurrency: questions under way at one time.
         max_calls: requests of this process, tries again included, after which the run stops; None: no limit.
+        max_cost: money of this process, by the tokens that the server counts and ``price_per_million`` (of prompt and
+            completion tokens), after which the run stops; what is under way then is paid too.
         cache: a folder of answers by the hash of address, model and question; one that is there is not asked for again.
             Without one they are kept in memory.
         logprobs: read the probability of the first token from ``top_logprobs`` instead of the text: graded verdicts.
@@ -64,7 +66,8 @@ class Endpoint:
 
     def __init__(
         self, url: str, model: str, *, key_env: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 5,
-        backoff: float = 1.0, concurrency: int = 8, max_calls: int | None = None, cache: str | Path | None = None,
+        backoff: float = 1.0, concurrency: int = 8, max_calls: int | None = None, max_cost: float | None = None,
+        price_per_million: tuple[float, float] | None = None, cache: str | Path | None = None,
         logprobs: bool = False, max_tokens: int = 1024, temperature: float = 0.0, body: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.url = address(url)
@@ -75,6 +78,8 @@ class Endpoint:
         for name, (value, lowest) in least.items():
             if value is not None and not value >= lowest:
                 raise UsageError(f"judge, option {name!r}: expected at least {lowest}, got {value!r}.")
+        if max_cost is not None and price_per_million is None:
+            raise UsageError("judge, option 'max_cost': give price_per_million too, of prompt and completion tokens.")
         request = {"model": model, "temperature": temperature, "max_tokens": 1 if logprobs else max_tokens}
         request |= {"logprobs": True, "top_logprobs": 20} if logprobs else {}
         request = {k: v for k, v in (request | (body or {})).items() if v is not None}
@@ -82,9 +87,9 @@ class Endpoint:
         # In dictionaries stands what does not change a verdict, so that runs may differ in it (see fingerprint).
         self._how: dict[str, Any] = {
             "timeout": timeout, "retries": retries, "backoff": backoff, "concurrency": concurrency,
-            "max_calls": max_calls, "key_env": key_env,
+            "max_calls": max_calls, "max_cost": max_cost, "price": price_per_million, "key_env": key_env,
         }  # fmt: skip
-        self._state: dict[str, Any] = {"lock": threading.Lock(), "calls": 0, "known": {}}
+        self._state: dict[str, Any] = {"lock": threading.Lock(), "calls": 0, "cost": 0.0, "known": {}}
         self._spent = dict.fromkeys(
             ("calls", "cached", "unparsed", "failed", "asked", "prompt_tokens", "completion_tokens"), 0
         )
@@ -94,6 +99,11 @@ class Endpoint:
 
     def bind(self, device: torch.device | str) -> Endpoint:
         return self
+
+    @property
+    def cost(self) -> float:
+        """What was spent so far, by ``price_per_million``."""
+        return float(self._state["cost"])
 
     @property
     def calls(self) -> int:
@@ -164,7 +174,8 @@ class Endpoint:
             self._count(cached=1)
         else:
             found = read_answer(self._tried(body, over))
-            self._count(**found.pop("spent"))
+            self._count(**found["spent"])
+            self._charge(**found.pop("spent"))
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with replacing_file(file, shared=True) as aside:
@@ -177,6 +188,11 @@ class Endpoint:
         with self._state["lock"]:
             for name, number in spent.items():
                 self._spent[name] += number
+
+    def _charge(self, prompt_tokens: int, completion_tokens: int) -> None:
+        price = self._how["price"] or (0.0, 0.0)
+        with self._state["lock"]:
+            self._state["cost"] += (prompt_tokens * price[0] + completion_tokens * price[1]) / 1e6
 
     # ------------------------------------------------------------------------------------ the wire
 
@@ -211,6 +227,12 @@ class Endpoint:
                 raise RunError(
                     f"judge: max_calls={limit} requests were sent to {self.url}; raise it and go on (answers in the "
                     "cache, if there is one, are not paid again)."
+                )
+            most = self._how["max_cost"]
+            if most is not None and self._state["cost"] >= most:
+                raise RunError(
+                    f"judge: {self._state['cost']:.4g} were spent at {self.url}, and max_cost={most:g}; raise it and "
+                    "go on (answers in the cache, if there is one, are not paid again)."
                 )
             self._state["calls"] += 1
             self._spent["calls"] += 1
