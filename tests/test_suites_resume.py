@@ -30,7 +30,7 @@ import pytest
 import torch
 
 from prefzoo import benchmarks, cli
-from prefzoo.benchmarks import jobs, tasks, work
+from prefzoo.benchmarks import cells, jobs, materials, runner, work
 from prefzoo.benchmarks.jobs import Job, Outcome, keys_of, run_jobs
 from prefzoo.locks import locked
 from prefzoo.models.load import learn_tokenizer, load_scorer, new_scorer, save_scorer, tiny_model
@@ -384,7 +384,7 @@ def test_a_worker_that_does_not_end_is_killed(shop: SimpleNamespace, monkeypatch
 
 
 def test_two_processes_on_one_folder_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks.runner, "run_jobs", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr(runner, "run_jobs", lambda *_, **__: pytest.fail("work began"))
     with locked(tmp_path), pytest.raises(UsageError, match=rf"pid {os.getpid()} .*works in .*choose another folder"):
         benchmarks.run("quick", out=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -413,10 +413,10 @@ def test_a_batch_of_rewards_is_dealt_by_its_step_not_by_a_count_of_calls() -> No
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [float(ids[0]) for ids in completion_ids]
 
-    def dealt(control: tasks.Permuted, step: int) -> list[float]:
+    def dealt(control: cells.Permuted, step: int) -> list[float]:
         return control(["a"] * 8, [[i] for i in range(8)], trainer_state=SimpleNamespace(global_step=step))
 
-    whole, resumed = (tasks.Permuted(reward, tokenizer, 7) for _ in range(2))
+    whole, resumed = (cells.Permuted(reward, tokenizer, 7) for _ in range(2))
     steps = [dealt(whole, step) for step in range(4)]
     assert [dealt(resumed, step) for step in (2, 3)] == steps[2:]
     assert all(sorted(s) == list(range(8)) for s in steps) and len({tuple(s) for s in steps}) == 4
@@ -426,7 +426,7 @@ def test_standardising_a_second_time_changes_nothing(tmp_path: Path, monkeypatch
     """Also where the first time was killed as it put its files in place."""
     tokenizer = learn_tokenizer(["a b c d e f g h i j"], 300)
     policy = Policy(tiny_model(tokenizer, seed=0))
-    answers = tasks._samples_of(["a", "b"], [[5], [9]], tokenizer, {})
+    answers = cells.samples_of(["a", "b"], [[5], [9]], tokenizer, {})
     final = tmp_path / "run" / "final"
     scorer = new_scorer(policy, "mean")
     torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(0))
@@ -445,10 +445,10 @@ def test_standardising_a_second_time_changes_nothing(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            tasks._standardise(final, answers, tokenizer)
-    scores = tasks._standardise(final, answers, tokenizer)
+            materials._standardise(final, answers, tokenizer)
+    scores = materials._standardise(final, answers, tokenizer)
     once = {f.name: f.read_bytes() for f in final.iterdir()}
-    assert np.array_equal(tasks._standardise(final, answers, tokenizer), scores)
+    assert np.array_equal(materials._standardise(final, answers, tokenizer), scores)
     assert {f.name: f.read_bytes() for f in final.iterdir()} == once
     assert sorted(once) == names and once["README.md"] == b"its card" and [*final.parent.iterdir()] == [final]
     loaded = load_scorer(final)
@@ -456,43 +456,33 @@ def test_standardising_a_second_time_changes_nothing(tmp_path: Path, monkeypatch
     assert abs(scores.mean()) < 1e-6 and abs(scores.std() - 1) < 1e-4
 
 
-def test_the_points_of_a_curve_survive_their_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_points_of_a_curve_survive_their_process(tmp_path: Path) -> None:
     """Training is played here; killed between any two points, and after the last one, the curve is that of one run."""
-    params = {
-        "task": {"kind": "requests", "settings": {"permuted": False, "world_seed": 0}, "options": {}}, "seed": 0,
-        "method": {"name": "m", "algorithm": "dpo", "options": {}, "training": {}, "curve": True},
-    }  # fmt: skip
-    inputs = {"start": tmp_path / "start", "data": tmp_path / "data"}
     made: list[int] = []
-    spent = SimpleNamespace(to_dict=lambda: {"optimizer_steps": 40})
 
-    def point(_p: Any, _i: Any, policy: Any, _s: Any, _t: Any, step: int) -> pa.Table:
+    def point(step: int, policy: Any) -> pa.Table:
         made.append(step)
         return pa.table({"score": [float(step), 0.5], "text": ["a", str(policy)], "step": [step, step]})
 
     def run_cell(folder: Path, stops: list[int]) -> pa.Table:
         folder.mkdir(exist_ok=True)
+        checkpoint = folder / "checkpoint"
         for stop in [*stops, None]:
-
-            def train(*_: Any, callback: Callable[..., Any], stop: int | None = stop, **settings: Any) -> Any:
-                done = folder / "checkpoint"
-                first = int(done.read_text()) if done.exists() else 0
-                for step in range(first + 10, 50, 10):
-                    callback(step, f"policy after {step}", {})
-                    if step == stop:
-                        raise KeyboardInterrupt
-                    done.write_text(str(step))  # a kill above loses this step, and its point is there already
-                return SimpleNamespace(policy="trained", spent=spent)
-
-            monkeypatch.setattr(tasks, "train", train)
-            with contextlib.suppress(KeyboardInterrupt):
-                tasks._train_cell(params, inputs, folder, None, "start")
-        (folder / "checkpoint").unlink(missing_ok=True)
+            curve = cells.Curve(folder, point)
+            curve.add(0, "start", {})  # type: ignore[arg-type]
+            for step in range((int(checkpoint.read_text()) if checkpoint.exists() else 0) + 10, 50, 10):
+                curve.add(step, f"policy after {step}", {"prompts": 4 * step})  # type: ignore[arg-type]
+                if step == stop:
+                    break  # killed: this step is lost, and its point is there already
+                checkpoint.write_text(str(step))
+            else:
+                curve.gather()
+        checkpoint.unlink(missing_ok=True)
         return pq.read_table(folder / "curve.parquet")
 
-    monkeypatch.setattr(tasks, "_curve_point", point)
     whole = run_cell(tmp_path / "whole", [])
     assert made == [0, 10, 20, 30, 40] and whole["step"].to_pylist() == [s for s in made for _ in range(2)]
+    assert whole["prompts"].to_pylist() == [4.0 * s for s in made for _ in range(2)]
     killed = run_cell(tmp_path / "killed", [10, 30, 40])
     assert killed.equals(whole) and made == 2 * [0, 10, 20, 30, 40], "no point is made twice"
     # Killed after the curve was gathered, as its pieces were removed.
@@ -506,20 +496,20 @@ SUITE = """
 import sys
 from prefzoo import benchmarks
 from prefzoo.benchmarks import jobs
-from prefzoo.benchmarks.suites import SFT_MORE, START, Method, Suite, requests_task
+from prefzoo.benchmarks.suites import Suite, task
 from prefzoo.training import run
 jobs.everything_hash = lambda: "the layer"
 run.FIRST_SAVE = run.LONGEST = 0.0  # in the workers, which import this file too: a checkpoint after every step
 if __name__ == "__main__":
     methods = (
-        START, Method("dpo", "dpo", training={"max_steps": 30, "rows_per_step": 8, "logging_steps": 5}),
-        Method("grpo", "grpo", {"prompts_per_step": 4, "group_size": 4},
-               {"max_steps": 6, "logging_steps": 2}, curve=True),
-        SFT_MORE,
+        {"algorithm": "dpo", "options": {"max_steps": 30, "rows_per_step": 8, "logging_steps": 5}},
+        {"algorithm": "grpo", "curve": True,
+         "options": {"prompts_per_step": 4, "group_size": 4, "max_steps": 6, "logging_steps": 2}},
     )
-    small = {"demonstrations": 300, "start_steps": 60, "start_rows": 32, "prompts": 60, "validation_prompts": 8}
-    task = requests_task(methods, samples=4, reward_epochs=1, **small)
-    suite = Suite("small", (task,), test_prompts=16, samples=2, budget="a few steps")
+    world = {"name": "requests", "demonstrations": 300, "prompts": 60, "answers": 4, "validation_prompts": 8}
+    start = {"sft": {"max_steps": 60, "rows_per_step": 32}}
+    small = task("requests", *methods, world=world, start=start, decoding={"samples": 2})
+    suite = Suite(name="small", tasks=(small,), test_prompts=16, budget="a few steps")
     benchmarks.run(suite, out=sys.argv[1], workers=2, quiet=True, imports=[__file__])
 """
 
@@ -529,7 +519,16 @@ def contents(out: Path) -> dict[str, Any]:
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
-            moody = ("seconds", "cpu_seconds", "wall_seconds", "peak_memory", "time", "tokens_per_second", "reused")
+            moody = (
+                "cost",
+                "seconds",
+                "cpu_seconds",
+                "wall_seconds",
+                "peak_memory",
+                "time",
+                "tokens_per_second",
+                "reused",
+            )
             return {k: timeless(v) for k, v in value.items() if k not in moody}
         return [timeless(v) for v in value] if isinstance(value, list) else value
 
