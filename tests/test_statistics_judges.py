@@ -123,6 +123,7 @@ def test_repeated_items_are_one_cluster():
         ([["a", "b"], ["a", "a"]], {"scale": "ordinal"}, "needs numbers"),
         ([["a", 1], ["a", "a"]], {}, "mix numbers and words"),
         ([[1, 2], [1, 1]], {"scale": "ratio"}, 'expected "nominal"'),
+        ([[score, score + 1] for score in range(60)], {}, "61 different labels"),
     ],
 )
 def test_bad_labels_are_refused(labels, options, words):

@@ -16,6 +16,7 @@ from .fits import Coefficient, coefficient, fractional_logit, jackknife, separat
 from .records import FloatArray, Record
 from .tables import Clusters, Groups, finite
 
+MOST_CATEGORIES = 50  # tables of categories × categories are kept for every item
 Scale = Literal["nominal", "ordinal", "interval"]
 
 
@@ -92,6 +93,11 @@ def agreement(
     if scale != "nominal" and not all(isinstance(c, int | float) for c in categories):
         raise ValueError(f'scale = "{scale}" needs numbers, labels are {", ".join(map(repr, categories[:5]))}')
     n_categories, pairs = len(categories), list(combinations(range(len(names)), 2))
+    if n_categories > MOST_CATEGORIES:
+        raise ValueError(
+            f"{n_categories} different labels: kappa and alpha are for at most {MOST_CATEGORIES} categories; round the "
+            "scores to a scale, or correlate them"
+        )
     one_hot_NRC = (code_NR[..., None] == np.arange(n_categories)).astype(float)
     count_NC = one_hot_NRC.sum(1)
     n_N = count_NC.sum(1)
