@@ -65,7 +65,7 @@ def study(
             for name, source in (("scores", "rows"), ("scores_greedy", "greedy")):
                 table = pq.read_table(outcomes[job.needs["cell"]].folder / f"{source}.parquet")
                 score = np.asarray(table["gold"]) + random.normal(0, 0.5, len(table))
-                pq.write_table(table.select(["prompt", "sample"]).append_column(job.params["judge"]["kind"], [score]),
+                pq.write_table(table.select(["prompt", "sample"]).append_column(job.params["judge"]["name"], [score]),
                                place / f"{name}.parquet")  # fmt: skip
         outcomes[job.name] = Outcome(job.name, key, place, facts, role=job.role)
     return planned, outcomes

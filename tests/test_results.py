@@ -98,6 +98,24 @@ def test_errors_are_the_crossed_ones_with_clusters(known):
     assert task_of(results)["methods"]["kto"]["means"]["gold"]["se"] == pytest.approx(expected, rel=1e-9)
 
 
+def test_length_control_leaves_alone_what_length_does_not_explain(known):
+    """Made-up lengths are noise: the controlled rate is near the raw one, which is the win rate."""
+    for name in ("dpo", "ipo", "kto"):
+        found = task_of(known[1])["methods"][name]
+        controlled = found["length_controlled"]
+        assert controlled["raw"] == pytest.approx(found["win"]["estimate"])
+        assert controlled["estimate"] == pytest.approx(controlled["raw"], abs=0.03)
+
+
+def test_diversity_is_of_equally_many_texts(known):
+    folder, results = known
+    table = pq.read_table(folder / "rows.parquet", filters=[("method", "=", "kto"), ("run", "=", 0)])
+    words = [w for text in table["completion"].to_pylist() for w in text.split()]
+    found = task_of(results)["methods"]["kto"]["diversity"]
+    assert found["n_texts"] == 120 and found["n_words"] == len(words)
+    assert found["distinct_1"] == pytest.approx(len(set(words)) / len(words))
+
+
 def test_the_start_has_no_win_rate_and_costs_nothing(known):
     start = task_of(known[1])["methods"]["start"]
     assert start["win"] is None and start["held_out"] is None and start["spent"] == {}
@@ -112,6 +130,7 @@ def test_held_out_likelihood_is_a_ratio_of_sums(known):
         return np.asarray(mine["nll"]).sum() / np.asarray(mine["tokens"]).sum()
 
     found = task_of(results)["methods"]["kto"]["held_out"]
+    assert found["perplexity"] == pytest.approx(math.exp(per_token("kto")))
     assert found["estimate"] == pytest.approx(per_token("kto") - per_token("start"))
 
 
@@ -163,7 +182,7 @@ def test_ratings_have_the_order_of_the_battles_won(known):
 
 
 def test_both_orders_count_and_what_is_not_parsed_is_a_half(tmp_path):
-    results = results_of(tmp_path, suite(judges=["llm", "gold"]))
+    results = results_of(tmp_path, suite(judges=[{"annotators": {"pool": ["none"]}}, {"gold": None, "name": "truth"}]))
     found = task_of(results)["methods"]["kto"]
     table = pq.read_table(tmp_path / "judgements.parquet").filter(
         (pa.compute.field("method") == "kto") & (pa.compute.field("against") == "start")
@@ -179,7 +198,7 @@ def test_both_orders_count_and_what_is_not_parsed_is_a_half(tmp_path):
     assert against["difference"] is None
     worst, best = (found["sensitivity"][k]["estimate"] for k in ("unparsed_0", "unparsed_1"))
     assert best - worst == pytest.approx(missing.mean()) and worst < found["win"]["estimate"] < best
-    assert found["judged"]["gold"]["start"]["estimate"] != found["win"]["estimate"]
+    assert found["judged"]["truth"]["start"]["estimate"] != found["win"]["estimate"]
 
 
 def test_a_later_judge_scores_the_same_answers(tmp_path):
@@ -187,6 +206,24 @@ def test_a_later_judge_scores_the_same_answers(tmp_path):
     found = task_of(results)["methods"]["kto"]
     assert found["means"]["held_out"]["estimate"] == pytest.approx(scores(tmp_path, "kto", "held_out").mean())
     assert set(found["judged"]) == {"gold", "held_out"} and found["judged"]["held_out"]["start"]["estimate"] > 0.6
+
+
+def test_a_judge_is_measured_against_the_truth(tmp_path):
+    """The made-up judge of pairs likes the first place, sees gold with noise, and leaves a tenth unsaid."""
+    task = task_of(
+        results_of(tmp_path, suite(judges=[{"annotators": {"pool": ["none"]}}, {"gold": None, "name": "truth"}]))
+    )
+    found = task["judges"]["annotators"]["quality"]
+    table = pq.read_table(tmp_path / "judgements.parquet").filter(
+        (pa.compute.field("against") == "start") & (pa.compute.field("sample") == 0)
+    )
+    said = np.stack([np.asarray(table[c]) for c in ("forward", "backward")])
+    assert found["truth"] == "gold" and found["n"] == said.shape[1] == 4 * 3 * 60
+    assert found["unparsed"] == pytest.approx(np.isnan(said).mean())
+    scored = np.nan_to_num(said, nan=0.5)
+    assert found["position_bias"]["estimate"] == pytest.approx((scored[0] - scored[1]).mean() / 2)
+    assert found["position_bias"]["p"] < 0.001 and 0.7 < found["accuracy"]["estimate"] < 0.95
+    assert task["judges"]["truth"]["quality"] is None
 
 
 # ---- failures
@@ -284,7 +321,7 @@ def test_results_of_another_version_are_told(tmp_path, content, words):
 
 
 def test_too_few_prompts_are_told(tmp_path):
-    with pytest.raises(UsageError, match="task 'requests'.*The cells are kept"):
+    with pytest.raises(UsageError, match=r"task 'requests'.*The cells are kept"):
         results_of(tmp_path, suite(test_prompts=2))  # both prompts are one cluster
 
 
@@ -329,6 +366,34 @@ def test_a_rising_curve_has_no_fall():
     assert found["peak_step"] == 70 and found["end_minus_peak"]["estimate"] == 0
 
 
+def test_gaos_curve_goes_through_what_was_drawn_from_it(tmp_path):
+    """gold = d (α - β log d) along training, d = √KL = √(step/10): both parameters are inside their intervals."""
+
+    def shape(step):
+        d = math.sqrt(step / 10)
+        return (d * (1.5 - 0.9 * math.log(d)) if step else 0.0), 1.5 * d
+
+    frontier = task_of(results_of(tmp_path, curves={"kto": shape}))["frontier"]
+    fit = frontier["gao"]["kto"]
+    for name, true in (("alpha", 1.5), ("beta", 0.9)):
+        low, high = fit[name]["ci"]
+        assert low - 0.05 < true < high + 0.05 and high - low < 0.6
+    assert fit["peak"]["estimate"] == pytest.approx(math.exp(1.5 / 0.9 - 1), rel=0.25)
+    assert set(frontier["area"]) == {"kto"} and frontier["area"]["kto"]["up_to_kl"] == pytest.approx(6)
+
+
+def test_the_front_is_what_nothing_beats(known):
+    points = task_of(known[1])["frontier"]["points"]
+    for p in points:
+        beaten = any(
+            q["sqrt_kl"] <= p["sqrt_kl"]
+            and q["gold"]["estimate"] >= p["gold"]["estimate"]
+            and (q["sqrt_kl"], q["gold"]["estimate"]) != (p["sqrt_kl"], p["gold"]["estimate"])
+            for q in points
+        )
+        assert p["on_front"] != beaten
+
+
 # ---- words
 
 
@@ -356,6 +421,11 @@ def test_tasks_of_a_varied_key_make_a_table(tmp_path):
     assert varied["key"] == "noise" and varied["values"] == [0.0, 0.4]
     wins = [t["methods"]["kto"]["win"] for t in results["tasks"].values()]
     assert varied["methods"]["kto"] == wins
+    runs = [t["methods"]["kto"]["against"]["start"]["by_run"] for t in results["tasks"].values()]
+    scores_ST = np.array([[task[r] for task in runs] for r in ("0", "1", "2")])
+    middle = np.sort(scores_ST.ravel())[1:-1].mean()  # a quarter of six from each end is one whole score
+    assert results["aggregate"]["iqm"]["kto"]["estimate"] == pytest.approx(middle)
+    assert results["aggregate"]["probability_of_improvement"]["dpo>kto"]["estimate"] < 0.5
 
 
 # ---- what would decide it

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from prefzoo.benchmarks.jobs import Outcome
 from prefzoo.benchmarks.results import aggregate, frontier, pairs, words
 from prefzoo.benchmarks.results.gather import FORMAT, told, write_tables
+from prefzoo.benchmarks.results.judges import quality
 from prefzoo.benchmarks.results.methods import method
 from prefzoo.benchmarks.results.ratings import ratings
 from prefzoo.benchmarks.results.stored import Stored, read, stored
@@ -76,19 +77,23 @@ def _task(task: Mapping[str, Any], rows: Stored, results: Mapping[str, Any]) -> 
     names = [m for m in task["methods"] if m in rows.answers]
     if not names:
         return {"test_prompts": 0, "clusters": 0, "methods": {}, "pairs": [], **dict.fromkeys(("family", *WHOLE))}
-    measure = frontier.truth(rows)
+    measure, judges = frontier.truth(rows), task["judges"]
     rated, rating = ratings(rows, names, results["verdicts"])
     methods = {m: {**task["methods"][m], **method(rows, m), "rating": rating.get(m)} for m in names}
     for m in names:
         methods[m]["curve"] = frontier.curve(rows.curves[m], measure, rows) if measure and m in rows.curves else None
+    truth = (
+        measure if measure in ("gold", "exact") else next((j for j, t in judges.items() if t["kind"] == "human"), None)
+    )
     family = pairs.Family.of(rows, names, results["verdicts"])
     everyone = "all pairs of methods" if results["verdicts"] == "all" else "each method and sft_more"
     line = task["shared"].get("best_of_n", {}).get("line", [])
     return {
         "test_prompts": len(rows.clusters), "clusters": len(set(rows.clusters)), "methods": methods,
+        "judges": {j: {**told, "quality": quality(rows, j, truth)} for j, told in judges.items()},
         "pairs": pairs.compare(family, results["seeds"], results["margin"]),
         "family": {"size": len(family.pairs), "what": f"{everyone}, on the win rates against {rows.reference}"},
-        "ratings": rated, "frontier": frontier.frontier(methods, measure, line),
+        "ratings": rated, "frontier": frontier.frontier(methods, rows, measure, line),
     }  # fmt: skip
 
 

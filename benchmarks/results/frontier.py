@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ SPENT = ("generated_tokens", "trained_tokens", "prompts")  # by a run when a poi
 def truth(stored: Stored) -> str | None:
     """The column that says how good an answer is: the deciding judge's where it is a truth, else the best there is."""
     columns = set.intersection(*(set(a.columns) for a in stored.answers.values()))
-    wanted = (stored.metric if stored.metric in ("gold", "exact") else "gold", "gold", "exact", stored.metric)
+    wanted = (stored.column if stored.column in ("gold", "exact") else "gold", "gold", "exact", stored.column)
     return next((c for c in wanted if c in columns), None)
 
 
@@ -65,17 +65,73 @@ def _peaks(y_TSN: Array, clusters_N: tuple[str, ...] | None) -> Array:
     return np.asarray(best_2)[half_N]
 
 
-def frontier(methods: Mapping[str, Mapping[str, Any]], measure: str | None, line: list[Any]) -> dict[str, Any] | None:
-    """Every method's truth and proxy against the square root of its KL; on the front is what no other method beats in
-    truth at less or equal KL."""
-    if measure is None:
+def frontier(methods: Mapping[str, Any], stored: Stored, measure: str | None, line: list[Any]) -> dict[str, Any] | None:
+    """Every method's truth and proxy against the square root of its KL, with Gao's curves and the area under curves."""
+    shown = {m: f["means"] for m, f in methods.items() if measure in f["means"] and "kl" in f["means"]}
+    if measure is None or not shown:
         return None
+    front = statistics.frontier(
+        [f["kl"]["estimate"] for f in shown.values()], [f[measure]["estimate"] for f in shown.values()]
+    )
     points = [
         {
-            "method": name, "sqrt_kl": math.sqrt(max(0.0, m["means"]["kl"]["estimate"])), "kl": m["means"]["kl"],
-            "gold": m["means"][measure], "proxy": m["means"].get("proxy"),
+            "method": name, "sqrt_kl": d, "kl": f["kl"], "gold": f[measure], "proxy": f.get("proxy"), "on_front": on,
         }
-        for name, m in methods.items()
-        if "kl" in m["means"] and measure in m["means"]
+        for (name, f), d, on in zip(
+            shown.items(), front.sqrt_kl_P.tolist(), front.on_front_P.tolist(), strict=True
+        )
     ]  # fmt: skip
-    return {"gold_column": measure, "points": points, "best_of_n": line}
+    climbs = {m: c for m, points in stored.curves.items() if (c := _climb(points, measure, stored)) is not None}
+    gao = {"best_of_n": _gao_of_line(line, measure), **{m: _gao(c) for m, c in climbs.items()}}
+    return {
+        "gold_column": measure, "points": points, "best_of_n": line,
+        "gao": {m: fit for m, fit in gao.items() if fit is not None} or None, "area": _areas(climbs) or None,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Climb:
+    """A curve as KL and gold less the start's: by run (S, K), gold by prompt (N, K), at K points behind the start."""
+
+    kl_SK: Array
+    gold_SK: Array
+    gold_NK: Array
+    clusters_N: tuple[str, ...] | None
+
+
+def _climb(points: Mapping[int, Runs], measure: str, stored: Stored) -> Climb | None:
+    runs = sorted(set.intersection(*(set(p.runs) for p in points.values())))
+    if not runs or 0 not in points or any(c not in points[0].columns for c in (measure, "kl")):
+        return None
+    kept = [p.only(runs) for p in points.values()]
+    gold_KSN = np.stack([stored.over_starts(p.mean_SN(measure), runs) for p in kept])
+    kl_KSN = np.stack([stored.over_starts(p.mean_SN("kl"), runs) for p in kept])
+    gain_KSN = gold_KSN[1:] - gold_KSN[0]
+    return Climb(kl_KSN[1:].mean(2).T, gain_KSN.mean(2).T, gain_KSN.mean(1).T, kept[0].clusters_N)
+
+
+def _gao(climb: Climb) -> dict[str, Any] | None:
+    """Gao's curve of a method, prompts as units; None with fewer than three points away from the start."""
+    kl_K = climb.kl_SK.mean(0)
+    away = kl_K > 0
+    if len(np.unique(kl_K[away])) < 3:
+        return None
+    return statistics.gao_fit(kl_K[away], climb.gold_NK[:, away], form="rl", clusters=climb.clusters_N).to_dict()
+
+
+def _gao_of_line(line: list[Any], measure: str) -> dict[str, Any] | None:
+    """Gao's curve of best-of-n by the proxy."""
+    chosen = [p for p in line if p["judge"] == "proxy" and measure in p]
+    start = next((p[measure] for p in chosen if p["n"] == 1), None)
+    more = [p for p in chosen if p["kl"] > 0]
+    if start is None or len(more) < 3:
+        return None
+    return statistics.gao_fit([p["kl"] for p in more], [p[measure] - start for p in more], form="best_of_n").to_dict()
+
+
+def _areas(climbs: Mapping[str, Climb]) -> dict[str, Any]:
+    """Area under every curve, up to the KL that all of them reach."""
+    common_kl = min((float(c.kl_SK.mean(0).max()) for c in climbs.values()), default=0.0)
+    if common_kl <= 0:
+        return {}
+    return {m: statistics.frontier_area(c.kl_SK, c.gold_SK, up_to_kl=common_kl).to_dict() for m, c in climbs.items()}

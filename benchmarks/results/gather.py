@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prefzoo.benchmarks.jobs import Outcome
+from prefzoo.benchmarks.jobs import Outcome, saved
+from prefzoo.benchmarks.judging import JudgeSpec
 from prefzoo.benchmarks.results.stored import TABLES
 from prefzoo.benchmarks.suites import Method, Suite, Task, about
 from prefzoo.files import replacing_file
@@ -121,7 +123,8 @@ def _task(suite: Suite, task: Task, plan: Plan, outcomes: Mapping[str, Outcome])
         "decoding": task.decoding.model_dump(mode="json"),
         "budget": None if task.budget is None else task.budget.model_dump(mode="json"),
         "judges": {
-            j.name: {"kind": j.kind, "pairs": bool(j.pairs), "primary": i == 0} for i, j in enumerate(task.judges)
+            j.name: {"kind": j.kind, "pairs": j.pairs, "primary": i == 0, "column": None if j.pairs else _column(j)}
+            for i, j in enumerate(task.judges)
         },
         "shared": {
             artifact: _of_starts([_facts(outcomes[n]) for n in names])
@@ -135,6 +138,11 @@ def _task(suite: Suite, task: Task, plan: Plan, outcomes: Mapping[str, Outcome])
             if m.name in cells and m.name not in lost
         },
     }  # fmt: skip
+
+
+def _column(judge: JudgeSpec) -> str:
+    """Where a judge's scores are: one that every cell asks anyway may have been given another name."""
+    return {"reward_model": "proxy"}.get(judge.kind, judge.kind) if judge.builtin else judge.name
 
 
 def _jobs_of(task: str, plan: Plan) -> list[list[str]]:
@@ -213,5 +221,6 @@ def _cost(suite: Suite, plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str
         "methods": {task: {m: of(names) for m, names in methods.items()} for task, methods in plan.cells.items()},
         "jobs": {n: f["seconds"] for n, f in facts.items() if "seconds" in f},
         "judges": judges,
+        "saved": dataclasses.asdict(saved(plan.jobs, outcomes)),
         "reused": [n for n, o in outcomes.items() if o.reused],
     }

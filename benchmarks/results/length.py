@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from prefzoo.benchmarks.results.stored import Array, Stored, common
-from prefzoo.benchmarks.statistics.length_control import alpaca_eval, length_controlled, prompt_difficulty
+from prefzoo.benchmarks.statistics import alpaca_eval, length_controlled, prompt_difficulty
 
 REFITS = 100  # of the bootstrap: the error of the error is 7 %
 

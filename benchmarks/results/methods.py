@@ -8,8 +8,9 @@ import numpy as np
 
 from prefzoo.benchmarks import statistics
 from prefzoo.benchmarks.results.length import controlled, length
-from prefzoo.benchmarks.results.stored import Array, Stored, common
+from prefzoo.benchmarks.results.stored import Stored, common
 
+TEXTS = 200  # that diversity is measured on
 RESAMPLES = 400  # of the bootstrap beside an error: its own error is then 4 %, and 20 % are worth a look
 
 
@@ -27,6 +28,7 @@ def method(stored: Stored, name: str) -> dict[str, Any]:
         "sensitivity": _sensitivity(stored, name, reference),
         "length": length(stored, name),
         "length_controlled": controlled(stored, name, list(stored.answers)),
+        "improvement": _improvement(stored, name, reference),
         "diversity": _diversity(stored, name),
         "greedy": _greedy(stored, name),
         "held_out": _held_out(stored, name),
@@ -35,11 +37,13 @@ def method(stored: Stored, name: str) -> dict[str, Any]:
 
 def _means(stored: Stored, name: str) -> dict[str, Any]:
     mine, clusters = stored.answers[name], stored.clusters
-    found = {c: stored.table(name, c) for c in mine.scores}
-    if "kl" in found:  # one ratio of sums: a mean over answers of ratios would weigh short answers more
-        tokens = max(float(mine.columns["tokens"].mean()), 1e-12)
-        found["kl_per_token"] = found["kl"] / tokens
-    return {c: statistics.mean(y_SN, clusters=clusters).to_dict() for c, y_SN in found.items()}
+    tables = {c: stored.table(name, c) for c in mine.scores}
+    found = {c: statistics.mean(y_SN, clusters=clusters).to_dict() for c, y_SN in tables.items()}
+    if "kl" in tables and (tables["tokens"] > 0).all():
+        per_token = statistics.kl(tables["kl"], tokens=tables["tokens"], clusters=clusters).per_token
+        assert per_token is not None
+        found["kl_per_token"] = per_token.to_dict()
+    return found
 
 
 def _against(stored: Stored, name: str, baseline: str) -> dict[str, Any] | None:
@@ -49,13 +53,13 @@ def _against(stored: Stored, name: str, baseline: str) -> dict[str, Any] | None:
     judged = stored.judged(name, baseline)
     if judged is None:
         return None
-    clusters, metric = stored.clusters, stored.metric
+    clusters = stored.clusters
     wins_SN = stored.over_starts(judged.y_SN, judged.runs)
     even_SN = np.full_like(wins_SN, 0.5)
     permuted = statistics.permutation_test(wins_SN, even_SN, paired_seeds=True, clusters=clusters)
     difference = None
-    if not stored.judges[metric]["pairs"]:
-        a_SN, b_SN = stored.two_tables(name, baseline, metric)
+    if not stored.judges[stored.metric]["pairs"]:
+        a_SN, b_SN = stored.two_tables(name, baseline, stored.column)
         difference = statistics.difference(a_SN, b_SN, paired_seeds=True, clusters=clusters).to_dict()
     by_run_S = judged.y_SN.mean(1)
     return {
@@ -63,6 +67,7 @@ def _against(stored: Stored, name: str, baseline: str) -> dict[str, Any] | None:
         "difference": difference,
         "ties": judged.ties, "flips": judged.flips, "unparsed": judged.unparsed,
         "win_range": [float(by_run_S.min()), float(by_run_S.max())],
+        "by_run": dict(zip(map(str, judged.runs), by_run_S.tolist(), strict=True)),
         "permutation_p": permuted.p,
         "bootstrap_se": statistics.two_way_bootstrap_se(wins_SN, clusters, RESAMPLES),
     }  # fmt: skip
@@ -89,26 +94,47 @@ def _sensitivity(stored: Stored, name: str, reference: str | None) -> dict[str, 
 
 
 def _diversity(stored: Stored, name: str) -> dict[str, Any]:
-    return {}
+    """Of the first run's answers to the first prompts, which are the same for all methods: these numbers depend on how
+    many texts there are. ``different``: different answers to a prompt as a share of all."""
+    texts_NK = stored.answers[name].columns["completion"][0]
+    texts_NK = texts_NK[: max(1, TEXTS // texts_NK.shape[1])]
+    try:
+        found = statistics.diversity(texts_NK.ravel().tolist()).to_dict()
+    except ValueError:  # no answer has a word in it
+        found = {}
+    return {**found, "different": float(np.mean([len(set(row)) for row in texts_NK]) / texts_NK.shape[1])}
 
 
 def _greedy(stored: Stored, name: str) -> float | None:
     """The deciding judge's score of the likeliest answers."""
     found = stored.greedy.get(name)
-    return None if found is None or stored.metric not in found.columns else float(found.columns[stored.metric].mean())
+    return None if found is None or stored.column not in found.columns else float(found.columns[stored.column].mean())
 
 
 def _held_out(stored: Stored, name: str) -> dict[str, Any] | None:
     """By how much the negative log-likelihood of held-out demonstrations, per token, is above the start's."""
     if name == "start" or name not in stored.held_out or "start" not in stored.held_out:
         return None
-    mine, start = stored.held_out[name], stored.held_out["start"]
-    runs = common(mine.runs, start.runs)
+    runs = common(stored.held_out[name].runs, stored.held_out["start"].runs)
     if not runs:
         return None
+    mine, start = (stored.held_out[m].only(runs) for m in (name, "start"))
+    start_N = start.mean_SN("nll").mean(0)
+    after_SN = start_N + stored.over_starts(mine.mean_SN("nll") - start.mean_SN("nll"), runs)
+    tax = statistics.alignment_tax(start_N, after_SN, start.mean_SN("tokens")[0])
+    return {**tax.nll.to_dict(), "perplexity": tax.perplexity_after, "perplexity_of_start": tax.perplexity_before}
 
-    def per_token(of: Any) -> Array:
-        part = of.only(runs)
-        return stored.over_starts(part.mean_SN("nll") / part.columns["tokens"].mean(), runs)
 
-    return statistics.difference(per_token(mine), per_token(start), paired_seeds=True).to_dict()
+def _improvement(stored: Stored, name: str, reference: str | None) -> dict[str, Any] | None:
+    """Probability that a run of the method has a higher win rate than a run of ``sft_more`` (or than one half)."""
+    mine = None if reference is None else stored.judged(name, reference)
+    if mine is None or name == "sft_more":
+        return None
+    rival = stored.judged("sft_more", str(reference)) if "sft_more" in stored.answers and reference == "start" else None
+    runs = mine.runs if rival is None else common(mine.runs, rival.runs)
+    a_S = stored.over_starts(mine.only(runs), runs).mean(1)
+    if len(a_S) < 2:
+        return None
+    b_S = np.full_like(a_S, 0.5) if rival is None else stored.over_starts(rival.only(runs), runs).mean(1)
+    found = statistics.probability_of_improvement(a_S, b_S, paired_seeds=True)
+    return {**found.to_dict(), "over": reference if rival is None else "sft_more"}

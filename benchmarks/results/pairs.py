@@ -12,7 +12,6 @@ from prefzoo.benchmarks import statistics
 from prefzoo.benchmarks.results.methods import RESAMPLES
 from prefzoo.benchmarks.results.stored import Array, Judged, Stored, common
 from prefzoo.benchmarks.statistics.sequel import to_decide
-from prefzoo.benchmarks.statistics.simultaneous import max_t
 
 DRAWS = 4_000  # of max-t
 
@@ -40,8 +39,7 @@ class Family:
         return functools.reduce(common, (self.judged[n].runs for n in names))
 
     def table(self, name: str, runs: Sequence[int]) -> Array:
-        judged = self.judged[name]
-        return self.stored.over_starts(judged.y_SN[[judged.runs.index(r) for r in runs]], runs)
+        return self.stored.over_starts(self.judged[name].only(runs), runs)
 
 
 def compare(family: Family, planned_runs: int, margin: float) -> list[dict[str, Any]]:
@@ -83,7 +81,9 @@ def jointly(family: Family) -> statistics.MaxT | None:
     if len(runs) < min(2, max(len(family.runs(pair)) for pair in family.pairs)):
         return None
     tables = {n: family.table(n, runs) for n in names}
-    return max_t(tables, paired_seeds=True, pairs=family.pairs, clusters=family.stored.clusters, resamples=DRAWS)
+    return statistics.max_t(
+        tables, paired_seeds=True, pairs=family.pairs, clusters=family.stored.clusters, resamples=DRAWS
+    )
 
 
 def _flag(gap: statistics.Difference, runs: int, planned: int) -> str | None:

@@ -79,6 +79,10 @@ class Judged:
     flips: float | None = None
     unparsed: float | None = None
 
+    def only(self, runs: Sequence[int]) -> Array:
+        """The table of some of the runs."""
+        return self.y_SN[[self.runs.index(r) for r in runs]]
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -95,6 +99,11 @@ class Stored:
     @property
     def metric(self) -> str:
         return next(name for name, judge in self.judges.items() if judge["primary"])
+
+    @property
+    def column(self) -> str:
+        """Its scores; a name that no column has, where it compares answers."""
+        return self.judges[self.metric]["column"] or self.metric
 
     @property
     def clusters(self) -> list[str]:
@@ -136,9 +145,10 @@ class Stored:
             return None if found is None else _two_orders(found, unparsed)
         mine, theirs = self.answers[name], self.answers[against]
         runs = common(mine.runs, theirs.runs)
-        if not runs or judge not in mine.columns or judge not in theirs.columns:
+        column = self.judges[judge]["column"]
+        if not runs or column not in mine.columns or column not in theirs.columns:
             return None
-        y_SNK = statistics.win(mine.only(runs).columns[judge], theirs.only(runs).columns[judge])
+        y_SNK = statistics.win(mine.only(runs).columns[column], theirs.only(runs).columns[column])
         return Judged(runs, y_SNK.mean(-1), float((y_SNK == 0.5).mean()))
 
     def wins(self, name: str, against: str, judge: str | None = None, *, unparsed: float = 0.5) -> Array | None:
