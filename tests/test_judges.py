@@ -410,9 +410,10 @@ def test_a_verdict_is_asked_for_and_read(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     "text",
     [
-        "", "I prefer the first", "[[A]] and [[B]]", "A or B", "Not A", "A is better than B", "AB", "[[C]]", "BANANA",
+        "", "I prefer the first", "[[A]] and [[B]]", "A or B", "Not A", "A is better than B", "AB", "[[D]]", "BANANA",
         "[[A]]\nOn reflection I cannot say.", "Ignore what I was told: [[A]][[B]][[A]]", "\x1b[2J", "[[A", "[A] [B]",
-        "Answer: neither", "😀" * 2000, "((A)) ((B))", "A\u202eB",
+        "Answer: neither", "😀" * 2000, "((A)) ((B))", "A\u202eB", '{"winner": "A"', '{"winner": "A", "verdict": "B"}',
+        '{"winner": "Bob"}', '{"reason": "A"}', 'I say {"winner": "A"}', "[" * 5000, '{"winner": ["A"]}',
     ],
 )  # fmt: skip
 def test_an_answer_without_a_single_verdict_is_missing_and_never_guessed(text: str) -> None:
@@ -421,7 +422,8 @@ def test_an_answer_without_a_single_verdict_is_missing_and_never_guessed(text: s
 
 @pytest.mark.parametrize(
     "text", ["A", " a.", "**A**", "[[A]]", "Both are fine. [[A]]", "Verdict: A", "The answer is [[ a ]].", "B?\n\nA\n",
-             "My verdict is A", "`A`", "[[B]]\nNo, on reflection:\n[[A]]", "Winner - A"],
+             "My verdict is A", "`A`", '{"winner": "a"}', '```json\n{"why": "B is bad",\n "winner": "A"}\n```',
+             "[[B]]\nNo, on reflection:\n[[A]]", "Winner - A"],
 )  # fmt: skip
 def test_the_last_line_is_the_verdict(text: str) -> None:
     assert read_verdict(text, ("A", "B")) == 1.0
@@ -520,6 +522,30 @@ def test_within_a_run_nothing_is_asked_twice_and_requests_are_limited() -> None:
         assert len(server.requests) == 2
 
 
+def test_a_limit_of_costs_holds_for_all_who_share_a_cache_and_what_was_paid_is_kept(tmp_path: Path) -> None:
+    paid = {"max_cost": 80e-6, "price_per_million": (2.0, 3.0), "cache": tmp_path / "c", "concurrency": 1}
+    with Server(lambda number, body: "A") as server:  # each answer is 7 and 2 tokens: 20e-6
+        first, second = quick(server, **paid), quick(server, **paid)
+        assert first(["1", "2"], ("A", "B")) == [1.0, 1.0]
+        assert first.drain()["judge/cost"] == pytest.approx(40e-6)
+        with pytest.raises(RunError, match=r"max_cost=8e-05 is reached \(8e-05 for 4 requests\)"):
+            second(["1", "3", "4", "5", "6"], ("A", "B"))
+        assert len(server.requests) == 4
+        assert quick(server, **paid)(["1", "2", "3", "4"], ("A", "B")) == [1.0] * 4 and len(server.requests) == 4
+        assert quick(server, **paid | {"max_cost": 1.0})(["5"], ("A", "B")) == [1.0]
+        with pytest.raises(RunError, match="max_calls=5"):
+            quick(server, cache=tmp_path / "c", max_calls=5)(["6"], ("A", "B"))
+        bare = {"choices": [{"message": {"content": "A"}}]}
+        with Server(lambda number, body: bare) as silent, pytest.raises(UsageError, match="give max_calls"):
+            quick(silent, **paid)(["1"], ("A", "B"))
+
+
+@pytest.mark.parametrize("price", [None, (0.0, 0.0), (1.0, -1.0), (1.0,)])
+def test_a_limit_of_costs_needs_prices(price: Any) -> None:
+    with pytest.raises(UsageError, match="price_per_million"):
+        Endpoint("http://localhost", "m", max_cost=1.0, price_per_million=price)
+
+
 def test_so_many_questions_are_under_way_at_one_time() -> None:
     together, running, most = threading.Barrier(3, timeout=20), [0], [0]
     lock = threading.Lock()
@@ -556,7 +582,7 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
         address(url)
 
 
-@pytest.mark.parametrize("option", ["timeout", "retries", "concurrency", "max_calls", "max_tokens"])
+@pytest.mark.parametrize("option", ["timeout", "retries", "concurrency", "max_calls", "max_tokens", "max_cost"])
 def test_numbers_that_are_too_small_are_refused(option: str) -> None:
     with pytest.raises(UsageError, match=option):
         Endpoint("http://localhost", "m", **{option: -1})

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from prefzoo.feedback.spending import Spending
 from prefzoo.files import replacing_file
 from prefzoo.registry import RunError, UsageError
 
@@ -28,6 +29,7 @@ LONGEST_WAIT = 60.0  # seconds between two tries
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})  # what may be over when it is tried again
 OF_THE_QUESTION = frozenset({400, 413, 422})  # this one is too long, say; others may do
 TIE = "TIE"
+VERDICT_KEYS = frozenset({"winner", "verdict", "better", "choice"})  # of an answer in JSON
 
 
 class Failed(Exception):
@@ -37,9 +39,10 @@ class Failed(Exception):
 class Endpoint:
     """Asks a model for one of two words through ``POST .../v1/chat/completions``, and counts what it costs.
 
-    A verdict is read from the last line of the answer: ``[[A]]``, or the word alone (``A``, ``Verdict: A.``);
-    ``TIE`` counts 1/2. Everything else, also a line that names both, is no verdict: None, counted, never guessed. What
-    a question cannot be answered for after all tries is None too; where that befalls a whole batch, the run stops.
+    A verdict is read from the last line of the answer, ``[[A]]``, or the word alone (``A``, ``Verdict: A.``), or from
+    an answer that is JSON, ``{"winner": "A"}``; ``TIE``, and ``C`` beside A and B, counts 1/2. Everything else, also a
+    line that names both, is no verdict: None, counted, never guessed. What a question cannot be answered for after all
+    tries is None too; where that befalls a whole batch, the run stops.
 
     Args:
         url: address of the server; ``/v1/chat/completions`` is added where it is not there.
@@ -49,17 +52,18 @@ class Endpoint:
         timeout: seconds to wait for an answer. retries: tries after the first one, each after twice the wait
             (``backoff`` seconds at first), or what the server asks for (``Retry-After``).
         concurrency: questions under way at one time.
-        max_calls: requests of this process, tries again included, after which the run stops; None: no limit.
-        max_cost: money of this process, by the tokens that the server counts and ``price_per_million`` (of prompt and
-            completion tokens), after which the run stops; what is under way then is paid too.
-        cache: a folder of answers by the hash of address, model and question; one that is there is not asked for again.
-            Without one they are kept in memory.
+        max_calls: requests, tries again included, after which the run stops; None: no limit.
+        max_cost: what answers may cost, by the tokens that the server counts times ``price_per_million`` (of prompt
+            tokens, of completion tokens). Both limits hold for all processes that share a cache, now and earlier.
+        cache: a folder of answers by the hash of address, model and question; one that is there is not asked for again,
+            whichever process has asked. Without one they are kept in memory.
         logprobs: read the probability of the first token from ``top_logprobs`` instead of the text: graded verdicts.
         max_tokens: limit of an answer. temperature: 0, so that a verdict can be repeated.
         body: further fields of the request; None takes one away (``{"max_tokens": None}``).
 
     Metrics: ``judge/calls``, ``judge/cached``, ``judge/unparsed`` and ``judge/failed`` (shares of the questions),
-    ``judge/prompt_tokens`` and ``judge/completion_tokens`` as the server counts them; numbers are means of the steps.
+    ``judge/prompt_tokens`` and ``judge/completion_tokens`` as the server counts them, ``judge/cost`` where there is a
+    price; numbers are means of the steps.
 
     Source: the protocol: OpenAI's chat completions; verdicts by log-probabilities: Lee et al., arXiv:2309.00267.
     """
@@ -73,23 +77,24 @@ class Endpoint:
         self.url = address(url)
         self.model = model
         least = {"timeout": (timeout, 1e-3), "retries": (retries, 0), "backoff": (backoff, 0),
-                 "concurrency": (concurrency, 1), "max_calls": (max_calls, 1),
+                 "concurrency": (concurrency, 1), "max_calls": (max_calls, 1), "max_cost": (max_cost, 0),
                  "max_tokens": (max_tokens, 1)}  # fmt: skip
         for name, (value, lowest) in least.items():
             if value is not None and not value >= lowest:
                 raise UsageError(f"judge, option {name!r}: expected at least {lowest}, got {value!r}.")
-        if max_cost is not None and price_per_million is None:
-            raise UsageError("judge, option 'max_cost': give price_per_million too, of prompt and completion tokens.")
         request = {"model": model, "temperature": temperature, "max_tokens": 1 if logprobs else max_tokens}
         request |= {"logprobs": True, "top_logprobs": 20} if logprobs else {}
         request = {k: v for k, v in (request | (body or {})).items() if v is not None}
         self.request = json.dumps(request, sort_keys=True)  # text, so that a run's record hashes it
         # In dictionaries stands what does not change a verdict, so that runs may differ in it (see fingerprint).
         self._how: dict[str, Any] = {
-            "timeout": timeout, "retries": retries, "backoff": backoff, "concurrency": concurrency,
-            "max_calls": max_calls, "max_cost": max_cost, "price": price_per_million, "key_env": key_env,
+            "timeout": timeout, "retries": retries, "backoff": backoff, "concurrency": concurrency, "key_env": key_env,
         }  # fmt: skip
-        self._state: dict[str, Any] = {"lock": threading.Lock(), "calls": 0, "cost": 0.0, "known": {}}
+        bill = None
+        if cache is not None:
+            bill = Path(cache) / f"spent-{hashlib.sha256(f'{self.url} {model}'.encode()).hexdigest()[:16]}.txt"
+        spending = Spending(bill, max_calls=max_calls, max_cost=max_cost, price=price_per_million)
+        self._state: dict[str, Any] = {"lock": threading.Lock(), "calls": 0, "known": {}, "spending": spending}
         self._spent = dict.fromkeys(
             ("calls", "cached", "unparsed", "failed", "asked", "prompt_tokens", "completion_tokens"), 0
         )
@@ -99,11 +104,6 @@ class Endpoint:
 
     def bind(self, device: torch.device | str) -> Endpoint:
         return self
-
-    @property
-    def cost(self) -> float:
-        """What was spent so far, by ``price_per_million``."""
-        return float(self._state["cost"])
 
     @property
     def calls(self) -> int:
@@ -142,7 +142,11 @@ class Endpoint:
         s = dict(self._spent)
         self._spent.update(dict.fromkeys(s, 0))
         shares = {f"judge/{k}": s[k] / s["asked"] for k in ("unparsed", "failed")} if s["asked"] else {}
-        return shares | {f"judge/{k}": s[k] for k in ("calls", "cached", "prompt_tokens", "completion_tokens")}
+        found = shares | {f"judge/{k}": s[k] for k in ("calls", "cached", "prompt_tokens", "completion_tokens")}
+        spending = self._state["spending"]
+        if spending.price is not None:
+            found["judge/cost"] = spending.worth(s["prompt_tokens"], s["completion_tokens"])
+        return found
 
     # ------------------------------------------------------------------------------------ answers
 
@@ -174,12 +178,13 @@ class Endpoint:
             self._count(cached=1)
         else:
             found = read_answer(self._tried(body, over))
-            self._count(**found["spent"])
-            self._charge(**found.pop("spent"))
+            spent = found.pop("spent")
+            self._count(**spent)
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with replacing_file(file, shared=True) as aside:
                     aside.write_text(json.dumps(found | {"request": fields}), encoding="utf-8")
+            self._state["spending"].pay(**spent)
         if file is None:
             known[key] = found
         return dict(found)
@@ -188,11 +193,6 @@ class Endpoint:
         with self._state["lock"]:
             for name, number in spent.items():
                 self._spent[name] += number
-
-    def _charge(self, prompt_tokens: int, completion_tokens: int) -> None:
-        price = self._how["price"] or (0.0, 0.0)
-        with self._state["lock"]:
-            self._state["cost"] += (prompt_tokens * price[0] + completion_tokens * price[1]) / 1e6
 
     # ------------------------------------------------------------------------------------ the wire
 
@@ -221,19 +221,8 @@ class Endpoint:
         raise problem
 
     def _pay(self) -> None:
+        self._state["spending"].ask()
         with self._state["lock"]:
-            limit = self._how["max_calls"]
-            if limit is not None and self._state["calls"] >= limit:
-                raise RunError(
-                    f"judge: max_calls={limit} requests were sent to {self.url}; raise it and go on (answers in the "
-                    "cache, if there is one, are not paid again)."
-                )
-            most = self._how["max_cost"]
-            if most is not None and self._state["cost"] >= most:
-                raise RunError(
-                    f"judge: {self._state['cost']:.4g} were spent at {self.url}, and max_cost={most:g}; raise it and "
-                    "go on (answers in the cache, if there is one, are not paid again)."
-                )
             self._state["calls"] += 1
             self._spent["calls"] += 1
 
@@ -316,21 +305,36 @@ def read_answer(found: Any) -> dict[str, Any]:
 def read_verdict(text: str, words: tuple[str, str]) -> float | None:
     """1 for the first word, 0 for the second, 1/2 for a tie; None where the last line gives no single verdict.
 
-    >>> [read_verdict(t, ("A", "B")) for t in ("[[A]]", "B has a fault.\\nVerdict: **A**", "a", "TIE")]
-    [1.0, 1.0, 1.0, 0.5]
+    >>> [read_verdict(t, ("A", "B")) for t in ("[[A]]", "B has a fault.\\nVerdict: **A**", "a", '{"winner": "A"}')]
+    [1.0, 1.0, 1.0, 1.0]
+    >>> [read_verdict(t, ("A", "B")) for t in ("TIE", "[[C]]", "B", '{"verdict": "tie", "why": "A is as good"}')]
+    [0.5, 0.5, 0.0, 0.5]
     >>> [read_verdict(t, ("A", "B")) for t in ("A or B", "[[A]] [[B]]", "A is not better", "[[A]]\\nor not", "")]
     [None, None, None, None, None]
     """
+    ties = (TIE, "C") if words == ("A", "B") else (TIE,)  # as in MT-bench's templates
+    worth = dict.fromkeys(ties, 0.5) | {words[0].upper(): 1.0, words[1].upper(): 0.0}
+    if text.strip().startswith(("{", "```json")):
+        told = _in_json(text)
+        return worth.get(told.pop()) if len(told) == 1 else None
     line = next((piece for piece in reversed(text.splitlines()) if piece.strip()), "")[-1000:]
-    names = "|".join(re.escape(word) for word in (*words, TIE))
+    names = "|".join(map(re.escape, worth))
     found = {m.upper() for m in re.findall(rf"\[\[\s*({names})\s*\]\]", line, re.IGNORECASE)}
     if not found and "[[" not in line:  # a mark that is cut off, or holds something else
         lead = r"(?:(?:my |the |final )*(?:verdict|answer|winner)(?: is)?\W+)?"
         alone = re.fullmatch(rf"[\W_]*{lead}({names})[\W_]*", line.strip(), re.IGNORECASE)
         found = {alone[1].upper()} if alone else set()
-    if len(found) != 1:
-        return None
-    return {words[0].upper(): 1.0, words[1].upper(): 0.0, TIE: 0.5}[found.pop()]
+    return worth.get(found.pop()) if len(found) == 1 else None
+
+
+def _in_json(text: str) -> set[str]:
+    """The verdicts of an answer that is one JSON object, in a fence or not."""
+    told = re.fullmatch(r"\s*(?:```(?:json)?)?\s*(\{.*\})\s*(?:```)?\s*", text, re.DOTALL)
+    try:
+        found = json.loads(told[1]) if told else {}
+    except (ValueError, RecursionError):
+        return set()
+    return {str(value).strip().upper() for key, value in found.items() if key.lower() in VERDICT_KEYS}
 
 
 def _said(error: urllib.error.HTTPError) -> str:
