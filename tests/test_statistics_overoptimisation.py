@@ -141,6 +141,23 @@ def test_area_of_runs_that_differ_by_a_factor_has_the_error_of_the_factor():
         frontier_area([1.0], [1.0], up_to_kl=0)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("n_runs", [3, 5, 10])
+def test_interval_of_the_area_covers(n_runs):
+    random = np.random.default_rng(12)
+    kl_K, gold_K = np.array([0.5, 1, 2, 4, 7, 11]), np.array([0.4, 0.7, 1.1, 1.3, 1.2, 0.9])
+
+    def area(n_runs, resamples):
+        slope_S1 = random.normal(0, 0.1, (n_runs, 1))
+        gold_SK = gold_K + slope_S1 * np.sqrt(kl_K) / 2 + random.normal(0, 0.05, (n_runs, 6))
+        kl_SK = kl_K * np.exp(random.normal(0, 0.1, (n_runs, 6)))
+        return frontier_area(kl_SK, gold_SK, up_to_kl=9.0, resamples=resamples)
+
+    truth = area(20_000, 2).estimate
+    hit = [low <= truth <= high for low, high in (area(n_runs, 300).ci for _ in range(1000))]
+    assert 0.93 <= np.mean(hit) <= 0.98
+
+
 # ---- diversity
 
 
