@@ -400,7 +400,7 @@ def test_the_front_is_what_nothing_beats(known):
 def test_words_say_no_more_than_verdicts(tmp_path):
     strong = results_of(tmp_path / "strong", suite(seeds=5, test_prompts=200), effects={"kto": 1.5}, seed_sd=0.01)
     said = strong["verdict"]
-    assert said[0] == "1 of 3 methods are proven better than sft_more: kto."
+    assert said[0] == "Proven better than sft_more: kto (1 of 3 methods)."
     assert any(s.startswith("kto is better than") and "Holm p < 0.001" in s for s in said)
     nothing = results_of(tmp_path / "nothing", effects={}, seed_sd=0.0)
     verdicts = {p["verdict"] for p in task_of(nothing)["pairs"]}

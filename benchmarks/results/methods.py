@@ -11,6 +11,7 @@ from prefzoo.benchmarks.results.length import controlled, length
 from prefzoo.benchmarks.results.stored import Stored, common
 
 TEXTS = 200  # that diversity is measured on
+RELABELLINGS = 4_000  # of a permutation test
 RESAMPLES = 400  # of the bootstrap beside an error: its own error is then 4 %, and 20 % are worth a look
 
 
@@ -56,7 +57,9 @@ def _against(stored: Stored, name: str, baseline: str) -> dict[str, Any] | None:
     clusters = stored.clusters
     wins_SN = stored.over_starts(judged.y_SN, judged.runs)
     even_SN = np.full_like(wins_SN, 0.5)
-    permuted = statistics.permutation_test(wins_SN, even_SN, paired_seeds=True, clusters=clusters)
+    permuted = statistics.permutation_test(
+        wins_SN, even_SN, paired_seeds=True, clusters=clusters, max_relabellings=RELABELLINGS
+    )
     difference = None
     if not stored.judges[stored.metric]["pairs"]:
         a_SN, b_SN = stored.two_tables(name, baseline, stored.column)

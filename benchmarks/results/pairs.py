@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefzoo.benchmarks import statistics
-from prefzoo.benchmarks.results.methods import RESAMPLES
+from prefzoo.benchmarks.results.methods import RELABELLINGS, RESAMPLES
 from prefzoo.benchmarks.results.stored import Array, Judged, Stored, common
 from prefzoo.benchmarks.statistics.sequel import to_decide
 
@@ -68,7 +68,7 @@ def compare(family: Family, planned_runs: int, margin: float) -> list[dict[str, 
             "verdict": verdict,
             "smallest_detectable": gap.smallest_detectable,
             "to_decide": None if sequel is None else sequel.to_dict(),
-            "permutation_p": statistics.permutation_test(a_SN, b_SN, paired_seeds=True, clusters=clusters).p,
+            "permutation_p": _permuted(a_SN, b_SN, clusters),
             "flag": _flag(gap, len(family.runs((a, b))), planned_runs),
         })  # fmt: skip
     return rows
@@ -84,6 +84,12 @@ def jointly(family: Family) -> statistics.MaxT | None:
     return statistics.max_t(
         tables, paired_seeds=True, pairs=family.pairs, clusters=family.stored.clusters, resamples=DRAWS
     )
+
+
+def _permuted(a_SN: Array, b_SN: Array, clusters: Sequence[str]) -> float:
+    return statistics.permutation_test(
+        a_SN, b_SN, paired_seeds=True, clusters=clusters, max_relabellings=RELABELLINGS
+    ).p
 
 
 def _flag(gap: statistics.Difference, runs: int, planned: int) -> str | None:

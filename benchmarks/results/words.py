@@ -56,8 +56,9 @@ def against_sft_more(task: Task) -> list[str]:
         return []
     better = [p["a"] for p in rivals if p["verdict"] == "better"]
     worse = [p["a"] for p in rivals if p["verdict"] == "worse"]
+    things = "runs" if rivals[0]["difference"]["this_run_only"] else "methods"
     said = [
-        f"{len(better)} of {len(rivals)} methods are proven better than sft_more: {listed(better)}."
+        f"Proven better than sft_more: {listed(better)} ({len(better)} of {len(rivals)} {things})."
         if better
         else "No method is proven better than sft_more."
     ]
