@@ -86,19 +86,28 @@ def chosen_suite(
         if seeds < 1:
             raise UsageError(f"seeds must be at least 1, got {seeds}.")
         changed["seeds"] = seeds
-    if data is not None:
-        changed["data.train"] = str(data)
     if isinstance(suite, Suite):
-        if set(changed) - {"seeds"}:
+        if set(changed) - {"seeds"} or data is not None:
             raise UsageError("changes by key are for suites that are named; a Suite is changed with its method but().")
         chosen = suite.but(**changed) if changed else suite
     else:
-        chosen = get_suite(suite, changed)
-        if data is not None and any(t.world is not None for t in chosen.tasks):
-            raise UsageError(
-                f"suite {chosen.name!r} brings its own data; --data is for suites of files: pairs, real-hh."
-            )
+        try:
+            chosen = get_suite(suite, changed if data is None else {**changed, "data.train": str(data)})
+        except UsageError as error:
+            if data is not None and _brings_data(suite, changed):
+                raise UsageError(
+                    f"suite {str(suite)!r} brings its own data; --data is for suites of files, such as pairs and real-hh."
+                ) from error
+            raise
     return chosen.choose(list(algorithms) if algorithms else None)
+
+
+def _brings_data(suite: str | Path, changes: Mapping[str, Any]) -> bool:
+    """Whether all tasks of a suite are worlds."""
+    try:
+        return all(task.world is not None for task in get_suite(suite, changes).tasks)
+    except UsageError:
+        return False
 
 
 def _claim(folder: Path, suite: Suite) -> None:
