@@ -241,41 +241,6 @@ def test_two_way_bootstrap_flags_unequal_clusters():
     assert gap.bootstrap_disagrees is True
 
 
-# ---- does the 5 % test reject 5 % ?
-
-
-def judged_SN(random, prompt_N, n_seeds, seed_sd, interaction_sd):
-    """0/1 outcomes of one method: prompt difficulty, prompt × method interaction, and a shift per training seed."""
-    chance_SN = prompt_N + random.normal(0, interaction_sd, len(prompt_N)) + random.normal(0, seed_sd, (n_seeds, 1))
-    return (random.random(chance_SN.shape) < chance_SN).astype(float)
-
-
-@pytest.mark.parametrize(
-    "n_seeds, seed_sd, paired_seeds", [(1, 0, False), (5, 0.033, False), (5, 0.033, True), (3, 0.033, False)]
-)
-def test_a_null_experiment_rejects_about_five_percent(n_seeds, seed_sd, paired_seeds):
-    random = np.random.default_rng(16)
-    crossed, prompts_only, repetitions = 0, 0, 800
-    for _ in range(repetitions):
-        prompt_N = random.uniform(0.2, 0.8, 500)
-        a_SN, b_SN = (judged_SN(random, prompt_N, n_seeds, seed_sd, 0.1) for _ in range(2))
-        gap = harness.difference(a_SN, b_SN, paired_seeds=paired_seeds)
-        crossed += gap.p < 0.05
-        prompts_only += abs(gap.estimate) > stats.t.ppf(0.975, 499) * gap.se_prompts
-    assert 0.02 < crossed / repetitions < 0.085  # 4 standard errors are 3 points
-    if seed_sd:
-        assert prompts_only / repetitions > 0.15  # what a paired test over prompts would have claimed
-
-
-def test_intervals_of_a_method_cover():
-    random = np.random.default_rng(17)
-    hits = 0
-    for _ in range(600):
-        method = harness.mean(crossed_SN(random, 4, 50, seed_sd=0.05))
-        hits += method.ci[0] < 0.5 < method.ci[1]
-    assert 0.92 < hits / 600 < 0.985
-
-
 # ---- families, verdicts
 
 
@@ -463,6 +428,16 @@ def test_power_table():
         for n_seeds, expected in zip((3, 5, 10, 20), points, strict=True):
             found = 100 * harness.smallest_detectable(seed_sd / 100, int(n_prompts), n_seeds)
             assert found == pytest.approx(expected, abs=0.06), (seed_sd, n_prompts, n_seeds)
+
+
+def test_smallest_detectable_differences_solve_the_power_equation():
+    for n_seeds, seed_sd, power, level in ((2, 0.01, 0.8, 0.95), (5, 0.03, 0.9, 0.99), (20, 0, 0.5, 0.95)):
+        noise = harness.Noise(seed_sd)
+        delta = harness.smallest_detectable(seed_sd, 800, n_seeds, power=power, level=level)
+        found = harness.power(delta, 800, n_seeds, noise=noise, level=level, wanted=power)
+        beyond = stats.nct.sf(stats.t.isf((1 - level) / 2, found.df), found.df, delta / found.se)
+        assert beyond == pytest.approx(power, abs=1e-5) and found.smallest_detectable == pytest.approx(delta)
+        assert power - 1e-5 < found.estimate < power + 0.01  # the other tail adds a little
 
 
 def test_seeds_needed_for_five_points():

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from .inference import satterthwaite
+from .inference import Error, critical_t, interval, satterthwaite, t_test
 from .records import Aggregate, FloatArray, Profile
-from .tables import finite, tail
+from .tables import finite
 
 
 def iqm(y_ST: npt.ArrayLike, *, level: float = 0.95) -> Aggregate:
@@ -77,20 +77,22 @@ def probability_of_improvement(
         raise ValueError(f"{shapes}: both must hold the same tasks")
     if paired_seeds and len(a_ST) != len(b_ST):
         raise ValueError(f"{shapes}: paired seeds need one run per seed in both; else pass paired_seeds=False")
-    wins_SS = ((a_ST[:, None] > b_ST) + 0.5 * (a_ST[:, None] == b_ST)).mean(2)
-    estimate = float(wins_SS.mean())
+    lead_SS = np.sign(a_ST[:, None] - b_ST).sum(2)  # tasks won minus lost: whole numbers, so that equal is exactly 1/2
+    n_a, n_b, n_tasks = len(a_ST), len(b_ST), a_ST.shape[1]
+    total, of_a_S, of_b_S = lead_SS.sum(), lead_SS.sum(1), lead_SS.sum(0)
+    estimate = float(0.5 + total / (2 * n_a * n_b * n_tasks))
     if paired_seeds:
-        runs = range(len(wins_SS))
-        without = [[np.delete(np.delete(wins_SS, s, 0), s, 1).mean() for s in runs]]
+        without = [(total - of_a_S - of_b_S + np.diag(lead_SS)) / ((n_a - 1) * (n_b - 1))]
     else:
-        without = [[np.delete(wins_SS, s, axis).mean() for s in range(wins_SS.shape[axis])] for axis in (0, 1)]
+        without = [(total - of_a_S) / ((n_a - 1) * n_b), (total - of_b_S) / (n_a * (n_b - 1))]
+    without = [lead_S / (2 * n_tasks) for lead_S in without]
     parts = [((len(w) - 1) * float(np.var(w)), len(w) - 1) for w in without]
     se = math.sqrt(sum(variance for variance, _ in parts))
     df = satterthwaite(se**2, parts)
-    t = (estimate - 0.5) / se if se else math.copysign(math.inf, estimate - 0.5) if estimate != 0.5 else 0.0
+    _, p = t_test(estimate - 0.5, Error(se, df, 0.0, se))
     return Aggregate(
-        estimate=estimate, se=se, ci=_within(estimate, se, df, level, min(wins_SS.shape)), df=df,
-        p=2 * float(stats.t.sf(abs(t), df)), level=level, n_seeds=len(a_ST), n_seeds_b=len(b_ST), n_tasks=a_ST.shape[1],
+        estimate=estimate, se=se, ci=_within(estimate, se, df, level, min(n_a, n_b)), df=df,
+        p=p, level=level, n_seeds=n_a, n_seeds_b=n_b, n_tasks=n_tasks,
     )  # fmt: skip
 
 
@@ -132,16 +134,16 @@ def _jackknifed(statistic: Callable[[Any], float], y_ST: FloatArray, level: floa
     estimate = statistic(slice(None))
     without_S = np.array([statistic(np.arange(n_seeds) != s) for s in range(n_seeds)])
     se = math.sqrt((n_seeds - 1) * float(without_S.var()))
-    half = float(stats.t.isf(tail(level), n_seeds - 1)) * se
+    ci = interval(estimate, Error(se, n_seeds - 1, 0.0, se), level)
     return Aggregate(
-        estimate=estimate, se=se, ci=(estimate - half, estimate + half), df=n_seeds - 1, p=None, level=level,
+        estimate=estimate, se=se, ci=ci, df=n_seeds - 1, p=None, level=level,
         n_seeds=n_seeds, n_seeds_b=None, n_tasks=n_tasks,
     )  # fmt: skip
 
 
 def _within(share: float, se: float, df: float, level: float, least: float) -> tuple[float, float]:
     """Wilson's interval with t(df) for a sample of the size that gives this error, or of `least` where all agree."""
-    z = float(stats.t.isf(tail(level), df))
+    z = critical_t(level, df)
     n = share * (1 - share) / se**2 if se > 0 and 0 < share < 1 else least
     centre, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     return max(0.0, (centre - half) / (1 + z**2 / n)), min(1.0, (centre + half) / (1 + z**2 / n))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import optimize, stats
+from scipy import special
 
 from .tables import probability, tail
 
@@ -28,8 +28,13 @@ def satterthwaite(variance: float, parts: Sequence[tuple[float, int]]) -> float:
     return 1 / math.fsum((part / variance) ** 2 / df for part, df in parts)  # fsum: the same after swapping A and B
 
 
+def critical_t(level: float, df: float) -> float:
+    """t(1 - α/2, df) of a two-sided interval or test."""
+    return float(special.stdtrit(df, 1 - tail(level)))
+
+
 def interval(estimate: float, error: Error, level: float) -> tuple[float, float]:
-    half = float(stats.t.isf(tail(level), error.df)) * error.se
+    half = critical_t(level, error.df) * error.se
     return estimate - half, estimate + half
 
 
@@ -38,16 +43,12 @@ def t_test(effect: float, error: Error) -> tuple[float, float]:
     if error.se == 0:
         return (math.copysign(math.inf, effect), 0.0) if effect else (0.0, 1.0)
     t = effect / error.se
-    return t, 2 * float(stats.t.sf(abs(t), error.df))
+    return t, 2 * float(special.stdtr(error.df, -abs(t)))
 
 
 def detectable(error: Error, power: float, level: float) -> float:
+    """δ SE with P(t(df, δ) > t(1 - α/2, df)) = power, t(df, δ) noncentral."""
     if error.se == 0:
         return 0.0
-    critical = float(stats.t.isf(tail(level), error.df))
-    guess = critical + float(stats.t.ppf(probability("power", power), error.df))  # a little below the answer
-
-    def surplus(delta: float) -> float:
-        return float(stats.nct.sf(critical, error.df, delta)) - power
-
-    return error.se * float(optimize.brentq(surplus, 0.0, 3 * guess))
+    miss = 1 - probability("power", power)
+    return error.se * float(special.nctdtrinc(error.df, miss, critical_t(level, error.df)))

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from .crossed import difference, variance_over_seeds
 from .frames import Table, TableLike, read_methods
-from .records import FloatArray, MaxT
+from .records import Difference, FloatArray, MaxT
 from .tables import Clusters, centred, contrast, over_seeds, probability, stream
 
 
@@ -22,21 +22,24 @@ def max_t(
     pairs: Sequence[tuple[str, str]] | Literal["all"] = "all",
     clusters: Clusters = None,
     level: float = 0.95,
-    resamples: int = 10_000,
+    resamples: int = 20_000,
     seed: int = 0,
     unparsed: float | None = None,
     **names: str,
 ) -> MaxT:
     """Differences of a family of pairs with p-values and intervals adjusted by the joint distribution of their errors.
 
-    All d_k = mean(A_k) - mean(B_k) are redrawn together, one weight per cluster of prompts for all pairs, and one per
-    seed (of each method, or of all methods where seeds are shared):
-    d*_k = Σ_g w_g D_kg + Σ_s v_s λ E_ks, with D the prompts' and E the seeds' deviations of d_k, w and v normal, and
-    λ² = 1 - V_cells/V_seeds, so that var(d*_k) is the SE² of `difference`. With p*_k = 2 Φ(-|d*_k|/SE_k):
-    p~_(k) = max_{j <= k} P(min over (j) ... (K) of p* <= p_(j)),
-    and every interval is d_k ± t(1 - c/2, df_k) SE_k, with c the 1 - level quantile of the smallest p* of all.
+    All d_k = mean(A_k) - mean(B_k) are redrawn together around 0, with one normal weight per cluster of prompts for all
+    pairs, and one per seed: d*_k = Σ_g w_g D_kg + Σ_s v_s λ_k E_ks, with D the prompts' and E the seeds' deviations of
+    d_k, and λ² = 1 - V_cells/V_seeds, so that var(d*_k) is the SE² of `difference`. Independent seeds have weights per
+    method, and d*_k is stretched to the tails of t(df_k). Shared seeds have one set of weights, and the spread of
+    so few seeds is redrawn, too: V_seeds ν/χ²_ν for V_seeds, ν = S - 1. With p*_k = P(|d*_k| larger still),
+    p~_(k) = max_{j <= k} P(min over (j) ... (K) of p* <= p_(j)), and the intervals are d_k ± the 1 - c quantile of
+    |d*_k|, with c the 1 - level quantile of the smallest p* of all. Never below the p of `difference`.
 
-    The smallest p stands for the largest |t| because the pairs may have different degrees of freedom.
+    The smallest p stands for the largest |t| because the pairs may have different degrees of freedom. On null tables of
+    500 prompts, 4 methods, 5 or 10 seeds and seed spreads up to 3 points, the intervals hold all at once in 93 to 98 %.
+    Holm's test with 5 shared seeds errs in 6 % where seeds dominate: Satterthwaite's df are too many in far tails.
 
     Args:
         methods: name -> table, an array or a frame as in `mean`; or one frame with a column method.
@@ -68,51 +71,62 @@ def max_t(
     if not chosen:
         raise ValueError("pairs is empty: a family needs at least one pair")
     gaps = tuple(difference(tables[a], tables[b], paired_seeds=paired_seeds, level=level) for a, b in chosen)
-    smallest_RK = _joint_p(tables, chosen, paired_seeds, resamples, seed)
-    p_K = np.array([gap.p for gap in gaps])
+    size_RK = np.abs(_joint_draws(tables, chosen, gaps, paired_seeds, stream(seed, "max_t"), resamples))
+    rank_RK = size_RK.argsort(0).argsort(0)
+    tail_RK = np.where(size_RK > 0, 1 - rank_RK / resamples, 1.0)  # p*; a pair without error is never the smallest
+    p_K = (1 + (size_RK >= [abs(gap.estimate) for gap in gaps]).sum(0)) / (1 + resamples)
     order_K = np.argsort(p_K, kind="stable")
+    least_RK = np.minimum.accumulate(tail_RK[:, order_K[::-1]], axis=1)[:, ::-1]  # over this member and the later
     adjusted_K = np.empty_like(p_K)
-    least_RK = np.minimum.accumulate(smallest_RK[:, order_K[::-1]], axis=1)[:, ::-1]  # over this member and the later
-    hits_K = (least_RK <= p_K[order_K]).sum(0)
-    adjusted_K[order_K] = np.maximum.accumulate((1 + hits_K) / (1 + resamples))
-    adjusted_K = np.maximum(adjusted_K, p_K)  # what the draws are too few to show
+    adjusted_K[order_K] = np.maximum.accumulate((1 + (least_RK <= p_K[order_K]).sum(0)) / (1 + resamples))
+    adjusted_K = np.maximum(adjusted_K, [gap.p for gap in gaps])
     critical = float(np.quantile(least_RK[:, 0], 1 - probability("level", level)))
-    half_K = [float(stats.t.isf(critical / 2, gap.df)) * gap.se for gap in gaps]
+    half_K = np.quantile(size_RK, 1 - critical, axis=0).tolist()
     return MaxT(
-        pairs=tuple(chosen), differences=gaps, p_adjusted=tuple(adjusted_K.tolist()),
+        pairs=tuple(chosen), differences=gaps, p_adjusted=tuple(np.minimum(adjusted_K, 1).tolist()),
         ci=tuple((gap.estimate - half, gap.estimate + half) for gap, half in zip(gaps, half_K, strict=True)),
         level=level, critical_p=critical, resamples=resamples,
     )  # fmt: skip
 
 
-def _joint_p(
-    tables: Mapping[str, Table], pairs: Sequence[tuple[str, str]], paired_seeds: bool, resamples: int, seed: int
+def _joint_draws(
+    tables: Mapping[str, Table],
+    pairs: Sequence[tuple[str, str]],
+    gaps: Sequence[Difference],
+    paired_seeds: bool,
+    random: np.random.Generator,
+    resamples: int,
 ) -> FloatArray:
-    """p-values (R, K) of the pairs in joint draws around no difference; 1 for pairs without any error."""
+    """Joint draws (R, K) of the errors of the differences."""
     groups = next(iter(tables.values())).groups
-    names = sorted({name for pair in pairs for name in pair})
-    seeds = {name: len(tables[name].y_SN) for name in names}
-    at = dict(zip(names, np.cumsum([0, *seeds.values()]).tolist(), strict=False))
-    n_weights = seeds[names[0]] if paired_seeds else sum(seeds.values())
-    prompts_KG = np.zeros((len(pairs), groups.n_clusters))
-    seeds_KW = np.zeros((len(pairs), n_weights))
+    contrasts = [contrast(tables[a].y_SN, tables[b].y_SN, paired_seeds) for a, b in pairs]
+    deviation_KG = np.stack([groups.sums(centred(over_seeds(d_SN))[None])[0] / d_SN.shape[1] for d_SN in contrasts])
+    covariance_KK = groups.n_clusters / (groups.n_clusters - 1) * deviation_KG @ deviation_KG.T
+    # Normal weights on clusters give normal draws of this covariance, however many clusters there are.
+    values_K, vectors_KK = np.linalg.eigh(covariance_KK)
+    d_RK = (random.standard_normal((resamples, len(pairs))) * np.sqrt(values_K.clip(min=0))) @ vectors_KK.T
+
+    def seeds_R(y_SN: FloatArray, weight_RS: FloatArray, chi2_R: FloatArray | float) -> FloatArray:
+        total, cells = variance_over_seeds(y_SN, groups)
+        if not total:
+            return np.zeros(resamples)
+        scale_R = np.sqrt(np.maximum(0, (len(y_SN) - 1) / chi2_R - cells / total))
+        return scale_R * (weight_RS @ centred(y_SN.mean(1))) / np.sqrt(len(y_SN) * (len(y_SN) - 1))
+
+    n_seeds = {name: len(one.y_SN) for name, one in tables.items()}
+    if paired_seeds:
+        shared = n_seeds[pairs[0][0]]
+        if shared > 1:
+            weight_RS, chi2_R = random.standard_normal((resamples, shared)), random.chisquare(shared - 1, resamples)
+            d_RK += np.stack([seeds_R(d_SN, weight_RS, chi2_R) for d_SN in contrasts], axis=1)
+        return d_RK
+    by_method = {
+        name: seeds_R(tables[name].y_SN, random.standard_normal((resamples, n)), n - 1.0)
+        for name, n in n_seeds.items()
+        if n > 1
+    }
     for k, (a, b) in enumerate(pairs):
-        a_SN, b_SN = tables[a].y_SN, tables[b].y_SN
-        d_SN = contrast(a_SN, b_SN, paired_seeds)
-        correction = groups.n_clusters / (groups.n_clusters - 1)
-        prompts_KG[k] = np.sqrt(correction) * groups.sums(centred(over_seeds(d_SN))[None])[0] / d_SN.shape[1]
-        parts = [(0, 1.0, d_SN)] if paired_seeds else [(at[a], 1.0, a_SN), (at[b], -1.0, b_SN)]
-        for start, sign, y_SN in parts:
-            if len(y_SN) > 1:
-                total, cells = variance_over_seeds(y_SN, groups)
-                share = max(0.0, 1 - cells / total) if total else 0.0
-                scale = np.sqrt(share / (len(y_SN) * (len(y_SN) - 1)))
-                seeds_KW[k, start : start + len(y_SN)] = sign * scale * centred(y_SN.mean(1))
-    factor_KF = np.concatenate([prompts_KG, seeds_KW], axis=1)
-    covariance_KK = factor_KF @ factor_KF.T
-    se_K = np.sqrt(np.diag(covariance_KK))
-    values_K, vectors_KK = np.linalg.eigh(covariance_KK / np.outer(se_K, se_K).clip(min=1e-300))
-    root_KK = vectors_KK * np.sqrt(values_K.clip(min=0))
-    # Normal weights on clusters and seeds: the draws are normal with this correlation, whatever their number.
-    z_RK = stream(seed, "max_t").standard_normal((resamples, len(pairs))) @ root_KK.T
-    return np.where(se_K > 0, 2 * stats.norm.sf(np.abs(z_RK)), 1.0)
+        d_RK[:, k] += by_method.get(a, 0.0) - by_method.get(b, 0.0)
+    se_K, df_K = np.array([(gap.se, gap.df) for gap in gaps]).T
+    spread_K = np.where(se_K > 0, d_RK.std(0), 1.0)
+    return se_K * special.stdtrit(df_K, special.ndtr(d_RK / np.where(spread_K > 0, spread_K, 1.0)))
