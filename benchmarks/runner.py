@@ -96,7 +96,7 @@ def chosen_suite(
         except UsageError as error:
             if data is not None and _brings_data(suite, changed):
                 raise UsageError(
-                    f"suite {str(suite)!r} brings its own data; --data is for suites of files, such as pairs and real-hh."
+                    f"suite {str(suite)!r} brings its own data; --data is for suites of files: pairs, real-hh."
                 ) from error
             raise
     return chosen.choose(list(algorithms) if algorithms else None)
