@@ -122,7 +122,7 @@ def judgement(params: Params, inputs: Inputs, folder: Path) -> Facts:
     judge = make_judge(spec, world=open_world(params), tokenizer=tokenizer, inputs=inputs, cache=cache, device=device())
     tables, spent = [], {}
     for baseline in params["against"]:
-        theirs = stored(inputs[baseline] / "rows.parquet", rows, tokenizer)
+        theirs = stored(inputs[f"against:{baseline}"] / "rows.parquet", rows, tokenizer)
         found = judge.compare(mine, theirs)
         columns = {**places(rows, mine.per_prompt), "against": [baseline] * len(mine.texts)}
         tables.append(pa.table({**columns, "forward": found.forward_B, "backward": found.backward_B}))

@@ -216,7 +216,7 @@ def _judged(
         job = Job(
             f"{task.name}/{name}/{seed}/{judge.name}", f"{CELLS}:judgement",
             {**params, "judge": judge.in_key(), "how": judge.model_dump(mode="json"), "against": against},
-            needs | {b: cells[b] for b in against}, 10, judge.sources(), role="judgement", on_device=True,
+            needs | {f"against:{b}": cells[b] for b in against}, 10, judge.sources(), role="judgement", on_device=True,
         )  # fmt: skip
         names = made.judgements[task.name].setdefault(judge.name, {}).setdefault(name, [])
         names.append(made.add(job))

@@ -124,7 +124,7 @@ def _compared(job: Any, outcomes: Mapping[str, Outcome], unparsed: float, random
     mine = pq.read_table(outcomes[job.needs["cell"]].folder / "rows.parquet")
     tables = []
     for baseline in job.params["against"]:
-        theirs = pq.read_table(outcomes[job.needs[baseline]].folder / "rows.parquet")
+        theirs = pq.read_table(outcomes[job.needs[f"against:{baseline}"]].folder / "rows.parquet")
         gap = np.asarray(mine["gold"]) - np.asarray(theirs["gold"]) + random.normal(0, 0.3, len(mine))
         said = {"forward": (gap + 0.3 > 0) * 1.0, "backward": (gap - 0.3 > 0) * 1.0}
         said = {k: np.where(random.random(len(v)) < unparsed, np.nan, v) for k, v in said.items()}

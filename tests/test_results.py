@@ -239,7 +239,7 @@ def test_failed_runs_are_counted_and_pairs_are_on_common_seeds(tmp_path):
     assert found["difference"]["n_seeds_a"] == found["difference"]["n_seeds_b"] == 2
     assert "2 of 3 seeds" in found["flag"] and pair(task, "dpo", "sft_more")["flag"] is None
     said = " ".join(results["verdict"])
-    assert "kto (1 of 3)" in said and "All runs failed: ipo." in said
+    assert "kto (1 of 3)" in said and "All runs failed: ipo. First of all requests/ipo/0: it diverged." in said
 
 
 def test_where_the_start_failed_the_rest_is_told(tmp_path):

@@ -126,7 +126,8 @@ def failures(task: Task, seeds: int) -> list[str]:
             f"Runs failed: {told}; these methods are shown with the runs that finished, which may be the lucky ones."
         )
     if task["lost"]:
-        said.append(f"All runs failed: {listed(task['lost'])}.")
+        job, reason = next(iter(task["failed"].items()))  # what is shared comes first
+        said.append(f"All runs failed: {listed(task['lost'])}. First of all {job}: {reason.strip().splitlines()[-1]}")
     return said
 
 
