@@ -277,6 +277,34 @@ def calibrate(
 
 
 @app.command()
+def judge(
+    judge: Annotated[
+        str,
+        typer.Argument(
+            metavar="JUDGE",
+            help="length, a reward model's folder, a verifier, FILE.py:NAME, or '{llm: {model: FOLDER}}'",
+        ),
+    ],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="pairs of answers that people have judged")],
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="OURS=THEIRS,...", help="what the file calls prompt, a, b, label (several: label=x+y)"),
+    ] = None,
+    by: Annotated[str | None, typer.Option(metavar="COLUMN", help="a line for each of its values too")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="for judges that read tokens: verifiers and functions")
+    ] = None,
+    cache: Annotated[str, typer.Option(metavar="FOLDER", help="verdicts of endpoints")] = ".prefzoo-judge",
+    device: Annotated[str, typer.Option(help="of models")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """How good a judge is, against people: agreement, biases of place and length, verdicts that turn with the order."""
+    from prefzoo.cli import judging
+
+    judging.judge(judge, file, columns, by, tokenizer, cache, device, as_json)
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="run or model folder, adapter, hub id")],
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt; repeatable")] = None,
@@ -387,8 +415,11 @@ def diff(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder that prefzoo bench wrote")]) -> None:
-    """Print and write the tables of a finished comparison again."""
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder that prefzoo bench wrote")],
+    recompute: Annotated[bool, typer.Option("--recompute", help="every number again, from the stored rows")] = False,
+) -> None:
+    """Print the table of a finished comparison, and write its report.html, report.md and report.png again."""
     from prefzoo import benchmarks
 
-    print(benchmarks.report(folder))
+    print(benchmarks.report(folder, recompute))

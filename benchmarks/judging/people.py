@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from prefzoo.benchmarks.judging.answers import Answers, Verdicts
-from prefzoo.benchmarks.judging.pairs import both_orders
+from prefzoo.benchmarks.judging.pairs import Shown, both_orders
 from prefzoo.data.readers import DataSource, open_source
+from prefzoo.feedback.templates import said
 from prefzoo.files import replacing_file
 from prefzoo.registry import UsageError
-from prefzoo.seeds import generator
+from prefzoo.seeds import derive_seed, generator
 
 # What files call their columns; the first that is there counts.
 COLUMNS = {
@@ -40,15 +41,15 @@ class Labelled:
 
     def majority(self) -> np.ndarray:
         """(N,) 1, 0.5 or 0: what more of them said than the opposite; NaN where nobody said anything."""
-        said = ~np.isnan(self.labels_NR)
-        lean = np.where(said, self.labels_NR - 0.5, 0).sum(1)
-        return np.where(said.any(1), 0.5 + 0.5 * np.sign(lean), math.nan)
+        there = ~np.isnan(self.labels_NR)
+        lean = np.where(there, self.labels_NR - 0.5, 0).sum(1)
+        return np.where(there.any(1), 0.5 + 0.5 * np.sign(lean), math.nan)
 
 
 def read_labelled(source: Any, columns: Mapping[str, str] | None = None) -> Labelled:
     """Pairs that were judged: JSON Lines, CSV, Parquet (also gzipped); chosen and rejected count as a judgement.
 
-    ``columns``: what the file calls ours (prompt, a, b, and label: one column, or several with commas). Labels are 1, A
+    ``columns``: what the file calls ours (prompt, a, b, and label: one column, or several: x+y). Labels are 1, A
     or first; 2, B or second; 0, tie or C; empty where nobody judged.
     """
     found = dict(columns or {})
@@ -64,20 +65,23 @@ def read_labelled(source: Any, columns: Mapping[str, str] | None = None) -> Labe
                 f"{name}: no column for {ours!r} among {', '.join(have)}; name it: --columns {ours}=THEIRS "
                 f"(known by themselves: {', '.join(names)})."
             )
-    if found["a"] == "chosen" and found["b"] == "rejected":
-        raters, labels_NR = ("chosen",), np.ones((len(rows), 1))
+    if found["a"] == "chosen" and found["b"] == "rejected":  # tossed, or who always says "the first" would be right
+        raters, sides = ("chosen",), ("chosen", "rejected")
+        labels_NR = np.array([[float(derive_seed("sides", *(str(r[s]) for s in sides)) % 2)] for r in rows])
+        rows = [r if label else {**r, "chosen": r["rejected"], "rejected": r["chosen"]}
+                for r, [label] in zip(rows, labels_NR, strict=True)]  # fmt: skip
     else:
         raters = _raters(found.get("label"), have, name)
         labels_NR = np.array([[_label(row.get(r), name, i, r) for r in raters] for i, row in enumerate(rows)])
     extra = "input" if found["prompt"] == "instruction" and "input" in have else None  # as instruction data has it
     for row in rows:
         more = f"\n\n{row[extra]}" if extra and row[extra] else ""
-        row["prompt"] = str(row[found["prompt"]]) + more
+        row["prompt"] = said(row[found["prompt"]]) + more
     return Labelled(rows, *([str(r[found[s]]) for r in rows] for s in ("a", "b")), labels_NR, raters)
 
 
 def _raters(told: str | None, have: Sequence[str], name: str) -> tuple[str, ...]:
-    wanted = [c.strip() for c in told.split(",")] if told else [c for c in have if c in LABELS]
+    wanted = [c.strip() for c in told.replace("+", ",").split(",")] if told else [c for c in have if c in LABELS]
     wanted = wanted or [c for c in have if c.startswith("annotator")]
     missing = [c for c in wanted if c not in have]
     if missing or not wanted:
@@ -115,15 +119,12 @@ class HumanJudge:
                 self._said.setdefault((prompt, b.strip(), a.strip()), []).append(1 - label)
 
     def compare(self, answers: Answers, baseline: Answers) -> Verdicts:
-        def ask(places: Sequence[int], first: bool) -> list[float | None]:
-            keys = [
-                (str(answers.row(b)["prompt"]).strip(), answers.texts[b].strip(), baseline.texts[b].strip())
-                for b in places
-            ]
-            return [float(np.mean(self._said[k])) if k in self._said else None for k in keys]
-
-        forward_B, backward_B = both_orders(answers, baseline, ask)
+        forward_B, backward_B = both_orders(answers, baseline, self._prefers)
         return Verdicts(forward_B, backward_B, {"missing": float(np.isnan(forward_B).sum())})
+
+    def _prefers(self, shown: Sequence[Shown]) -> list[float | None]:
+        keys = [(said(s.row["prompt"]).strip(), s.first.text.strip(), s.second.text.strip()) for s in shown]
+        return [float(np.mean(self._said[k])) if k in self._said else None for k in keys]
 
 
 def export_for_humans(answers: Mapping[str, Answers], baseline: str, file: str | Path, *, seed: int = 0) -> int:
@@ -135,7 +136,7 @@ def export_for_humans(answers: Mapping[str, Answers], baseline: str, file: str |
     """
     random, base = generator(seed, "sheet for people"), answers[baseline]
     sheet = {
-        (str(mine.row(b)["prompt"]), *((x, y) if random.random() < 0.5 else (y, x)))
+        (said(mine.row(b)["prompt"]), *((x, y) if random.random() < 0.5 else (y, x)))
         for name, mine in answers.items()
         if name != baseline
         for b, (x, y) in enumerate(zip(mine.texts, base.texts, strict=True))

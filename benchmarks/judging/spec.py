@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from prefzoo.feedback.judges import CRITERION
+from prefzoo.feedback.templates import FOLDER
 from prefzoo.feedback.verifiers import VERIFIERS
 from prefzoo.registry import UsageError, suggest
 from prefzoo.source import content_hash
@@ -165,6 +166,7 @@ class JudgeSpec(_Section):
         llms = [v for v in (self.value, *(a.llm for a in pool)) if isinstance(v, Llm)]
         names += [n for one in llms for n in (one.template, one.model)]
         files = {n: Path(n.partition(":")[0] if ".py:" in n else n) for n in names}
+        files |= {n: ours for n in names if (ours := FOLDER / f"{n}.txt").exists()}
         return {str(n): content_hash(p) for n, p in files.items() if p.exists()}
 
     def in_key(self) -> dict[str, Any]:
