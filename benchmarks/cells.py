@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import torch
 
 from prefzoo.algorithm import create_algorithm
-from prefzoo.benchmarks import statistics
 from prefzoo.benchmarks.budgets import Meter, steps_of
 from prefzoo.benchmarks.judging import Answers, JudgeSpec, ScoreJudge, make_judge
 from prefzoo.benchmarks.materials import (
@@ -86,9 +85,10 @@ def trial(params: Params, inputs: Inputs, folder: Path) -> Facts:
     answers = draw(params, policy, tokenizer, rows, params["samples"], "tuning")
     judge = JudgeSpec.model_validate(params["judge"])
     scores = judge_scores(params, inputs, folder.parent.parent / "cache", judge, answered(rows, answers, tokenizer))
-    score = statistics.mean(scores.reshape(1, len(rows), -1).mean(-1), clusters=[cluster_of(r) for r in rows])
+    score_P = scores.reshape(len(rows), -1).mean(1)
+    error = float(score_P.std(ddof=1)) / math.sqrt(len(rows))
     shutil.rmtree(folder / "run", ignore_errors=True)
-    return {**facts, "options": params["candidate"], "score": score.estimate, "se": score.se}
+    return {**facts, "options": params["candidate"], "score": float(score_P.mean()), "se": error}
 
 
 def choice(params: Params, inputs: Inputs, folder: Path) -> Facts:

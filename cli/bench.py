@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,26 @@ from prefzoo.benchmarks import statistics
 from prefzoo.benchmarks.estimates import Estimate, estimate
 from prefzoo.benchmarks.plan import Plan, candidates, plan
 from prefzoo.benchmarks.runner import chosen_suite
-from prefzoo.benchmarks.suites import Suite, Task
+from prefzoo.benchmarks.suites import Suite, Task, list_suites
+from prefzoo.cli.cards import table, wide_console
 from prefzoo.plugins import import_file
+from prefzoo.registry import UsageError, suggest
+
+
+def show_suites(pattern: str, imports: Sequence[Path], as_json: bool) -> None:
+    """Print the suites there are."""
+    for path in imports:
+        import_file(path)
+    found = {name: about for name, about in list_suites().items() if fnmatch(name, pattern)}
+    if not found:
+        raise UsageError(f"no suites match {pattern!r}{suggest(pattern, list_suites())}")
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    shown = table("what it is", first="suite")
+    for name, about in found.items():
+        shown.add_row(name, about)
+    wide_console().print(shown)
 
 
 def dry_run(name: str, out: Path, workers: int | None, imports: Sequence[Path], **asked: Any) -> None:

@@ -22,6 +22,7 @@ from prefzoo.benchmarks.suites.spec import (
     Tuning,
     World,
     about,
+    load_yaml,
     read_suite,
 )  # fmt: skip
 from prefzoo.registry import Registry, UsageError, suggest
@@ -44,9 +45,12 @@ def task(like: str, *algorithms: Method | str | Mapping[str, Any], **changes: An
     return Task.model_validate({"like": like, **own, **changes})
 
 
-def list_suites() -> list[str]:
-    """The names of the suites there are: ours, and those that users have registered."""
-    return sorted({*SUITES.names(), *(f.stem for f in Path(__file__).parent.glob("*.yaml"))})
+def list_suites() -> dict[str, str]:
+    """The suites there are, ours and those that users have registered, and what each is about."""
+    found = {name: SUITES.entry(name).line for name in SUITES.names()}
+    for file in Path(__file__).parent.glob("*.yaml"):
+        found[file.stem] = str(load_yaml(file).get("about", "")).strip()
+    return dict(sorted(found.items()))
 
 
 def get_suite(name: str | Path, changes: Mapping[str, Any] | None = None) -> Suite:

@@ -388,21 +388,23 @@ def read_suite(source: str | Path | Mapping[str, Any], changes: Mapping[str, Any
     """
     shipped = not isinstance(source, Mapping) and Path(source).parent == Path(__file__).parent
     where = "suite" if isinstance(source, Mapping) else f"suite {Path(source).stem!r}" if shipped else str(source)
-    if isinstance(source, Mapping):
-        found = dict(source)
-    else:
-        try:
-            found = yaml.load(Path(source).read_text(encoding="utf-8"), _Loader)
-        except OSError as error:
-            raise UsageError(f"suite {where!r}: {error.strerror}.") from None
-        except yaml.YAMLError as error:
-            raise UsageError(f"suite {where!r} is not YAML: {error}") from None
-        if not isinstance(found, Mapping):
-            raise UsageError(f"suite {where!r}: expected keys such as name, world, algorithms; got {found!r:.60}.")
-        found = {"name": Path(source).stem, **found}
+    found = dict(source) if isinstance(source, Mapping) else {"name": Path(source).stem, **load_yaml(Path(source))}
     for key, value in (changes or {}).items():
         found = _changed(found, key.split("."), value)
     return checked(Suite, found, where, flat="tasks" not in found)
+
+
+def load_yaml(file: Path) -> dict[str, Any]:
+    """The keys of a suite's file."""
+    try:
+        found = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UsageError(f"suite {str(file)!r}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"suite {str(file)!r} is not YAML: {error}") from None
+    if not isinstance(found, Mapping):
+        raise UsageError(f"suite {str(file)!r}: expected keys such as name, world, algorithms; got {found!r:.60}.")
+    return dict(found)
 
 
 def like(value: Mapping[str, Any]) -> dict[str, Any]:
