@@ -81,7 +81,7 @@ def root(
 @app.command("list")
 def list_(
     kind: Annotated[
-        str, typer.Argument(metavar="[algorithms|losses|modifiers|credits|estimators]", show_default=False)
+        str, typer.Argument(metavar="[algorithms|losses|modifiers|credits|estimators|suites]", show_default=False)
     ] = "algorithms",
     pattern: Annotated[str | None, typer.Argument(metavar="[PATTERN]", help="shell pattern, such as '*po'")] = None,
     lines: Annotated[bool, typer.Option("--lines", help="of algorithms: what each is, not what it is made of")] = False,
@@ -94,6 +94,10 @@ def list_(
     """
     from prefzoo.cli import cards
 
+    if kind == "suites":
+        from prefzoo.cli import bench as suites
+
+        return suites.show_suites(pattern or "*", imports, as_json)
     if pattern is None and kind not in cards.KINDS:  # prefzoo list '*po'
         kind, pattern = "algorithms", kind
     cards.show_list(kind, pattern or "*", imports, as_json, lines)
