@@ -17,14 +17,14 @@ from prefzoo.benchmarks.results.gather import FORMAT, told, write_tables
 from prefzoo.benchmarks.results.judges import quality
 from prefzoo.benchmarks.results.methods import method
 from prefzoo.benchmarks.results.ratings import ratings
-from prefzoo.benchmarks.results.stored import Stored, read, stored
+from prefzoo.benchmarks.results.stored import BASELINES, Stored, read, stored
 from prefzoo.benchmarks.suites import Suite
 from prefzoo.registry import UsageError
 
 if TYPE_CHECKING:
     from prefzoo.benchmarks.plan import Plan
 
-__all__ = ["collect", "recompute"]
+__all__ = ["collect", "recompute", "tables_of"]
 
 
 def collect(suite: Suite, plan: Plan, outcomes: Mapping[str, Outcome], folder: Path) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def computed(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     tables = read(folder)
     tasks = {}
     for name, task in results["tasks"].items():
-        rows = stored(tables, name, task["judges"], results["start_seeds"])
+        rows = stored(tables, name, task["judges"], results["start_seeds"], task.get("reference"))
         try:
             tasks[name] = dict(task) | _task(task, rows, results)
         except ValueError as error:  # of the statistics: too few prompts or clusters for any error
@@ -87,14 +87,29 @@ def _task(task: Mapping[str, Any], rows: Stored, results: Mapping[str, Any]) -> 
     )
     family = pairs.Family.of(rows, names, results["verdicts"])
     everyone = "all pairs of methods" if results["verdicts"] == "all" else "each method and sft_more"
+    on = "their wins over each other" if rows.baseline else f"the win rates against {rows.reference}"
     line = task["shared"].get("best_of_n", {}).get("line", [])
     return {
         "test_prompts": len(rows.clusters), "clusters": len(set(rows.clusters)), "methods": methods,
         "judges": {j: {**told, "quality": quality(rows, j, truth)} for j, told in judges.items()},
         "pairs": pairs.compare(family, results["seeds"], results["margin"]),
-        "family": {"size": len(family.pairs), "what": f"{everyone}, on the win rates against {rows.reference}"},
+        "family": {"size": len(family.pairs), "what": f"{everyone}, on {on}"},
         "ratings": rated, "frontier": frontier.frontier(methods, rows, measure, line),
     }  # fmt: skip
 
 
 WHOLE = ("ratings", "frontier")  # of a task, where it has answers
+
+
+def tables_of(folder: str | Path) -> dict[str, Any]:
+    """Win rates of trained methods against the start, runs × prompts (y_SN), of the first task that has two of them:
+    what a later study can be planned on. Empty where there are none."""
+    results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+    tables = read(Path(folder))
+    for name, task in results["tasks"].items():
+        rows = stored(tables, name, task["judges"], results["start_seeds"], task.get("reference"))
+        trained = [m for m in rows.answers if m not in BASELINES and rows.reference not in (None, m)]
+        found = {m: y_SN for m in trained if (y_SN := rows.wins(m, str(rows.reference))) is not None}
+        if len(found) > 1:
+            return found
+    return {}

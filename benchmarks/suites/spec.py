@@ -25,6 +25,7 @@ from prefzoo.training import TrainConfig
 Options = Mapping[str, Any]
 Unit = Literal["prompts", "completions", "generated_tokens", "trained_tokens", "optimizer_steps", "flops", "seconds"]
 BASELINES = ("start", "sft_more")
+COLUMNS = ("gold", "exact", "proxy", "kl", "tokens", "finished", "prompt", "sample", "cluster", "seed", "run", "method")
 NAME = re.compile(r"[\w.+=,@ -]+")  # names of methods and tasks are parts of file names
 
 
@@ -261,6 +262,12 @@ class Task(Section):
             raise ValueError("judges: name at least one, such as held_out, {verifier: numeric} or {llm: ...}")
         if self.data is not None and self.data.train is None:
             raise ValueError("data.train: name a file, a folder or a hub id (prefzoo bench SUITE --data FILE)")
+        names = [j.name for j in self.judges]
+        for judge in self.judges:
+            if names.count(judge.name) > 1:
+                raise ValueError(f"judges: two are called {judge.name!r}; give one another name: {{..., name: other}}")
+            if judge.name in COLUMNS and judge.name != judge.kind and not judge.builtin:
+                raise ValueError(f"judges: {judge.name!r} is a column of the answers; give the judge another name")
         seen: set[str] = set()
         for method in self.algorithms:
             if method.name in seen or method.name in BASELINES:
