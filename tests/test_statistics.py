@@ -504,9 +504,15 @@ def test_refusals_say_what_is_wrong(call, words):
 
 def test_the_example_in_the_documentation_prints_what_it_shows(capsys):
     page = (Path(__file__).resolve().parent.parent / "docs" / "statistics.md").read_text(encoding="utf-8")
-    code, shown = page.split("```python\n")[1].split("```")[0], page.split("```text\n")[-1].split("```")[0]
+    example = page.split("## Example\n")[1]
+    code, shown = (example.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "text"))
     exec(code, {})
     assert capsys.readouterr().out == shown
+
+
+def test_every_function_is_in_the_documentation():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "statistics.md").read_text(encoding="utf-8")
+    assert [name for name in harness.__all__ if name[0].islower() and f"`{name}" not in page] == []
 
 
 # ---- published numbers
