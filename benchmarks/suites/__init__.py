@@ -22,10 +22,10 @@ from prefzoo.benchmarks.suites.spec import (
     Tuning,
     World,
     about,
-    load_yaml,
     read_suite,
 )  # fmt: skip
 from prefzoo.registry import Registry, UsageError, suggest
+from prefzoo.yaml_numbers import read_yaml
 
 __all__ = [
     "SFT_MORE", "START", "SUITES", "Budget", "Data", "Decoding", "Feedback", "Method", "Start", "Suite", "Task",
@@ -49,7 +49,7 @@ def list_suites() -> dict[str, str]:
     """The suites there are, ours and those that users have registered, and what each is about."""
     found = {name: SUITES.entry(name).line for name in SUITES.names()}
     for file in Path(__file__).parent.glob("*.yaml"):
-        found[file.stem] = str(load_yaml(file).get("about", "")).strip()
+        found[file.stem] = str(read_yaml(file).get("about", "")).strip()
     return dict(sorted(found.items()))
 
 

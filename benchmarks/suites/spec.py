@@ -12,15 +12,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from prefzoo.algorithm import ALGORITHMS, algorithm_entry, create_algorithm
 from prefzoo.benchmarks.judging import JudgeSpec
+from prefzoo.benchmarks.suites.reading import changed, like, said_of, varied
 from prefzoo.parts.feedback import Verifier
 from prefzoo.parts.roles import TEACHER
 from prefzoo.registry import UsageError, suggest
 from prefzoo.training import TrainConfig
+from prefzoo.yaml_numbers import read_yaml
 
 Options = Mapping[str, Any]
 Unit = Literal["prompts", "completions", "generated_tokens", "trained_tokens", "optimizer_steps", "flops", "seconds"]
@@ -354,7 +355,7 @@ class Suite(Section):
             ready = own.get("like") if own.get("like") != "files" else None
             value["tasks"] = [{"name": named or ready or str(value.get("name", "task")), **own}]
         if vary is not None:
-            value["tasks"] = [t for task in value.get("tasks", ()) for t in _varied(task, vary)]
+            value["tasks"] = [t for task in value.get("tasks", ()) for t in varied(task, vary)]
         return value
 
     @model_validator(mode="after")
@@ -385,6 +386,10 @@ class Suite(Section):
         return self.but(tasks=tuple(tasks))
 
 
+# Keys that a section has besides its fields.
+EXTRA: dict[Any, Sequence[str]] = {Suite: ("vary", "like", *Task.model_fields), Task: ("like",)}
+
+
 def read_suite(source: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Suite:
     """A suite from a YAML file or a mapping, with values changed by dotted keys (``start.model``); mistakes are told by
     the key at fault.
@@ -395,46 +400,10 @@ def read_suite(source: str | Path | Mapping[str, Any], changes: Mapping[str, Any
     """
     shipped = not isinstance(source, Mapping) and Path(source).parent == Path(__file__).parent
     where = "suite" if isinstance(source, Mapping) else f"suite {Path(source).stem!r}" if shipped else str(source)
-    found = dict(source) if isinstance(source, Mapping) else {"name": Path(source).stem, **load_yaml(Path(source))}
+    found = dict(source) if isinstance(source, Mapping) else {"name": Path(source).stem, **read_yaml(source)}
     for key, value in (changes or {}).items():
-        found = _changed(found, key.split("."), value)
+        found = changed(found, key.split("."), value)
     return checked(Suite, found, where, flat="tasks" not in found)
-
-
-def load_yaml(file: Path) -> dict[str, Any]:
-    """The keys of a suite's file."""
-    try:
-        found = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UsageError(f"suite {str(file)!r}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"suite {str(file)!r} is not YAML: {error}") from None
-    if not isinstance(found, Mapping):
-        raise UsageError(f"suite {str(file)!r}: expected keys such as name, world, algorithms; got {found!r:.60}.")
-    return dict(found)
-
-
-def like(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A task under which lies a ready one."""
-    value = dict(value)
-    name, folder = value.pop("like"), Path(__file__).parent / "ready"
-    known = sorted(f.stem for f in folder.glob("*.yaml"))
-    if name not in known:
-        raise ValueError(f"like: no ready task {name!r}{suggest(str(name), known)} There are {', '.join(known)}")
-    ready = yaml.load((folder / f"{name}.yaml").read_text(encoding="utf-8"), _Loader)
-    methods = {m.get("name", m["algorithm"]): m for m in ready["algorithms"] if isinstance(m, Mapping)}
-    if "algorithms" in value and isinstance(value["algorithms"], list | tuple):
-        value["algorithms"] = [methods.get(m, m) if isinstance(m, str) else m for m in value["algorithms"]]
-    return {"name": name, **merged(ready, value)}
-
-
-def merged(under: Any, over: Any) -> Any:
-    """Nested mappings, the second over the first; ``null`` takes a value away."""
-    if isinstance(over, BaseModel):
-        over = {k: getattr(over, k) for k in over.model_fields_set}
-    if not (isinstance(under, Mapping) and isinstance(over, Mapping)):
-        return over
-    return {**under, **{k: merged(under.get(k), v) for k, v in over.items()}}
 
 
 def checked(model: type[Section], found: Mapping[str, Any], where: str, flat: bool = False) -> Any:
@@ -442,7 +411,7 @@ def checked(model: type[Section], found: Mapping[str, Any], where: str, flat: bo
     try:
         return model.model_validate(found)
     except ValidationError as error:
-        said = _said(model, error)
+        said = said_of(model, error, EXTRA)
         said = re.sub(r"^tasks[.]0[.:] ?", "", said.replace(" in tasks.0.", " in ")) if flat else said
         raise UsageError(f"{where}: {said}") from None
 
@@ -481,74 +450,7 @@ def about(method: Method) -> dict[str, str]:
     return {"group": "composition" if method.algorithm in ALGORITHMS else "loss", "sees": ", ".join(sees) or "prompts"}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+"), list("-+0123456789.")
-)
-
-
 def _training(value: Options, algorithm: str) -> Options:
     """Options of a shared run, as its algorithm and ``TrainConfig`` know them."""
     split_options(algorithm, value, f"options of {algorithm}")
     return value
-
-
-def _varied(task: Any, vary: Any) -> Iterator[Any]:
-    if not isinstance(vary, Mapping) or len(vary) != 1 or not isinstance(next(iter(vary.values())), list | tuple):
-        raise ValueError(f"vary: expected one key and its values, such as {{world.noise: [0, 0.2]}}, got {vary!r:.60}")
-    if not isinstance(task, Mapping):
-        raise ValueError("vary multiplies tasks that are written as mappings")
-    [(key, values)] = vary.items()
-    for value in values:
-        yield _changed({**task, "name": f"{key.split('.')[-1]}={value}"}, key.split("."), value)
-
-
-def _changed(found: Any, path: Sequence[str], value: Any) -> Any:
-    """A nested mapping with one value changed; a number chooses from a list."""
-    if not path:
-        return value
-    key, *rest = path
-    if isinstance(found, list | tuple) and key.isdigit() and int(key) < len(found):
-        return [_changed(item, rest, value) if i == int(key) else item for i, item in enumerate(found)]
-    if found is not None and not isinstance(found, Mapping):
-        raise UsageError(f"{key!r} is not part of {found!r:.60}; write keys as start.model=FOLDER.")
-    return {**(found or {}), key: _changed((found or {}).get(key), rest, value)}
-
-
-def _said(model: type[BaseModel], error: ValidationError) -> str:
-    """The first mistake, by the key at fault, with the nearest known key."""
-    first = error.errors()[0]
-    place = ".".join(str(p) for p in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _keys(model, first["loc"][:-1])
-        inside = f" in {place.rpartition('.')[0]}" if len(first["loc"]) > 1 else ""
-        key = str(first["loc"][-1])
-        return f"no key {key!r}{inside}{suggest(key, known)} Known: {', '.join(known)}."
-    words = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
-    got = "" if first["type"] in ("value_error", "missing") else f" (got {first['input']!r:.80})"
-    return f"{place + ': ' if place else ''}{words}{got}."
-
-
-def _keys(model: Any, path: Sequence[Any]) -> list[str]:
-    """The keys that are known at a place of a model."""
-    for part in path:
-        if isinstance(part, int):
-            continue
-        field = getattr(model, "model_fields", {}).get(part)
-        found = _section(field.annotation) if field is not None else None
-        if found is None:
-            return []
-        model = found
-    keys = list(model.model_fields)
-    extra = {Suite: ["vary", "like", *Task.model_fields], Task: ["like"]}.get(model, [])
-    return [*keys, *(k for k in extra if k not in keys)]
-
-
-def _section(annotation: Any) -> Any:
-    """The model inside an annotation: of ``Task | None``, or of ``tuple[Task, ...]``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section, getattr(annotation, "__args__", ()))), None)
