@@ -25,7 +25,7 @@ def quality(stored: Stored, judge: str, truth: str | None) -> dict[str, Any] | N
             sides = [stored.answers[m].only(runs) for m in (name, reference)]
             said = _said(stored, judge, name, reference, runs)
             right_SN = np.sign(_said(stored, str(truth), name, reference, runs).mean(0) - 0.5) / 2 + 0.5
-            lengths = [side.columns["tokens"][..., 0] for side in sides]
+            lengths = [side.columns[stored.length][..., 0] for side in sides]
             labels_SN = np.broadcast_to(np.asarray(stored.clusters, dtype=object), right_SN.shape)
             parts.append((*said, right_SN, *lengths, labels_SN))
     if not parts:

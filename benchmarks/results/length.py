@@ -14,10 +14,10 @@ REFITS = 100  # of the bootstrap: the error of the error is 7 %
 
 
 def length(stored: Stored, name: str) -> dict[str, Any]:
-    """Mean tokens, and their ratio to the start's."""
-    mean, start = float(stored.answers[name].columns["tokens"].mean()), stored.answers.get("start")
-    base = None if start is None else float(start.columns["tokens"].mean())
-    return {"mean": mean, "ratio": mean / base if base else None}
+    """Mean tokens (characters where models share none), and their ratio to the start's or the baseline's."""
+    mean, start = _mean(stored, name), stored.baseline or "start"
+    base = _mean(stored, start) if start in stored.answers else None
+    return {"mean": mean, "ratio": mean / base if base else None, "unit": stored.length}
 
 
 def controlled(stored: Stored, name: str, names: Sequence[str]) -> dict[str, Any] | None:
@@ -45,6 +45,10 @@ def controlled(stored: Stored, name: str, names: Sequence[str]) -> dict[str, Any
         return {"refused": str(error)}
     about = {"of": "the first run", "estimate": own.estimate / 100, "se": own.se / 100}
     return {**found.to_dict(), "alpaca_eval": about}
+
+
+def _mean(stored: Stored, name: str) -> float:
+    return float(stored.answers[name].columns[stored.length].mean())
 
 
 def _characters(stored: Stored, name: str, runs: Sequence[int]) -> Array:

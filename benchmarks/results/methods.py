@@ -18,7 +18,7 @@ RESAMPLES = 400  # of the bootstrap beside an error: its own error is then 4 %, 
 def method(stored: Stored, name: str) -> dict[str, Any]:
     """All that the stored rows say of one method."""
     mine, judges = stored.answers[name], stored.judges
-    against = {b: found for b in ("start", "sft_more") if (found := _against(stored, name, b)) is not None}
+    against = {b: found for b in stored.baselines if (found := _against(stored, name, b)) is not None}
     reference = stored.reference if name != stored.reference else None
     return {
         "seeds": list(mine.runs),
@@ -78,7 +78,7 @@ def _against(stored: Stored, name: str, baseline: str) -> dict[str, Any] | None:
 
 def _judged(stored: Stored, name: str, judge: str) -> dict[str, Any]:
     """Win rates by one judge."""
-    found = {b: stored.wins(name, b, judge) for b in ("start", "sft_more") if b in stored.answers and b != name}
+    found = {b: stored.wins(name, b, judge) for b in stored.baselines if b != name}
     clusters = stored.clusters
     return {b: statistics.win_rate(y, clusters=clusters).to_dict() for b, y in found.items() if y is not None}
 

@@ -18,7 +18,8 @@ DRAWS = 4_000  # of max-t
 
 @dataclass(frozen=True)
 class Family:
-    """The claims of a task: differences of pairs of methods in their win rates against the reference."""
+    """The claims of a task: differences of pairs of methods in their win rates against the reference; of models that
+    are compared, which have none before them, in their win rates against each other."""
 
     pairs: tuple[tuple[str, str], ...]
     judged: Mapping[str, Judged]
@@ -27,6 +28,9 @@ class Family:
     @classmethod
     def of(cls, stored: Stored, names: Sequence[str], verdicts: str) -> Family:
         """All pairs of these methods, or of each with ``sft_more``; without those that share no run."""
+        if stored.baseline:
+            every = itertools.combinations(names, 2)
+            return cls(tuple(p for p in every if stored.judged(*p) is not None), {}, stored)
         reference = stored.reference
         rivals = [n for n in names if n != reference] if reference else []
         judged = {n: found for n in rivals if (found := stored.judged(n, str(reference))) is not None}
@@ -36,10 +40,20 @@ class Family:
 
     def runs(self, names: Iterable[str]) -> tuple[int, ...]:
         """Runs that all of these methods finished."""
-        return functools.reduce(common, (self.judged[n].runs for n in names))
+        finished = self.stored.answers if self.stored.baseline else self.judged
+        return functools.reduce(common, (finished[n].runs for n in names))
 
     def table(self, name: str, runs: Sequence[int]) -> Array:
         return self.stored.over_starts(self.judged[name].only(runs), runs)
+
+    def tables(self, a: str, b: str) -> tuple[Array, Array]:
+        """(S, N) of both on the runs of both; head to head one is the other turned round."""
+        if self.stored.baseline:
+            y_SN = self.stored.wins(a, b)
+            assert y_SN is not None
+            return y_SN, 1 - y_SN
+        runs = self.runs((a, b))
+        return self.table(a, runs), self.table(b, runs)
 
 
 def compare(family: Family, planned_runs: int, margin: float) -> list[dict[str, Any]]:
@@ -47,7 +61,7 @@ def compare(family: Family, planned_runs: int, margin: float) -> list[dict[str, 
     if not family.pairs:
         return []
     clusters = family.stored.clusters
-    tables = [tuple(family.table(m, family.runs(pair)) for m in pair) for pair in family.pairs]
+    tables = [family.tables(*pair) for pair in family.pairs]
     gaps = [
         statistics.difference(a_SN, b_SN, paired_seeds=True, clusters=clusters, bootstrap=RESAMPLES)
         for a_SN, b_SN in tables
@@ -75,7 +89,10 @@ def compare(family: Family, planned_runs: int, margin: float) -> list[dict[str, 
 
 
 def jointly(family: Family) -> statistics.MaxT | None:
-    """Max-t over all pairs, on the runs that all of their methods finished; None where failures left fewer than two."""
+    """Max-t over all pairs, on the runs that all of their methods finished; None where failures left fewer than two.
+    Not of models head to head, whose pairs have no table of a model in common."""
+    if family.stored.baseline:
+        return None
     names = list(dict.fromkeys(itertools.chain.from_iterable(family.pairs)))
     runs = family.runs(names)
     if len(runs) < min(2, max(len(family.runs(pair)) for pair in family.pairs)):

@@ -34,7 +34,7 @@ def ratings(stored: Stored, names: Sequence[str], verdicts: str) -> tuple[dict[s
         clusters += stored.clusters
     if not y:
         return None, {}
-    anchor = "start" if "start" in {*a, *b} else None
+    anchor = next((n for n in (stored.baseline, "start") if n in {*a, *b}), None)
     try:
         fitted = statistics.bradley_terry(a, b, y, clusters=clusters, anchor=anchor)
     except ValueError as error:  # someone never wins: a rating would be infinite

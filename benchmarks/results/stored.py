@@ -21,6 +21,7 @@ from prefzoo.registry import UsageError
 
 Array = npt.NDArray[Any]
 PLACES = ("task", "method", "judge", "against", "run", "seed", "prompt", "row", "sample", "step")  # where a row belongs
+BASELINES = ("start", "sft_more")
 TABLES = ("rows", "greedy", "held_out", "curves", "judgements")  # NAME.parquet of a suite's folder
 
 
@@ -86,7 +87,9 @@ class Judged:
 
 @dataclass(frozen=True)
 class Stored:
-    """All rows of one task. ``starts``: run r begins from start r mod ``starts``; errors are then over starts."""
+    """All rows of one task. ``starts``: run r begins from start r mod ``starts``; errors are then over starts.
+
+    ``baseline``: of a comparison of models, which have no start; they are judged head to head."""
 
     answers: Mapping[str, Runs]
     greedy: Mapping[str, Runs]
@@ -95,6 +98,7 @@ class Stored:
     judgements: Mapping[tuple[str, str, str], Runs]
     judges: Mapping[str, Mapping[str, Any]]
     starts: int = 1
+    baseline: str | None = None
 
     @property
     def metric(self) -> str:
@@ -113,9 +117,19 @@ class Stored:
         return list(clusters_N)
 
     @property
+    def baselines(self) -> tuple[str, ...]:
+        """What every method is judged against."""
+        return tuple(b for b in ((self.baseline,) if self.baseline else BASELINES) if b in self.answers)
+
+    @property
     def reference(self) -> str | None:
         """What win rates are against: the start, or what is left of the baselines."""
-        return next((b for b in ("start", "sft_more") if b in self.answers), None)
+        return next(iter(self.baselines), None)
+
+    @property
+    def length(self) -> str:
+        """The column that says how long answers are: models compared without training share no tokens."""
+        return "characters" if self.baseline else "tokens"
 
     def over_starts(self, y_SN: Array, runs: Sequence[int]) -> Array:
         """Rows that errors may take as independent: runs, or the mean of the runs of each start where starts vary."""
@@ -186,7 +200,10 @@ def read(folder: Path) -> dict[str, pa.Table]:
     return {name: pq.read_table(folder / f"{name}.parquet") for name in TABLES if (folder / f"{name}.parquet").exists()}
 
 
-def stored(tables: Mapping[str, pa.Table], task: str, judges: Mapping[str, Mapping[str, Any]], starts: int) -> Stored:
+def stored(
+    tables: Mapping[str, pa.Table], task: str, judges: Mapping[str, Mapping[str, Any]], starts: int,
+    baseline: str | None = None,
+) -> Stored:  # fmt: skip
     """The rows of one task out of the whole tables."""
 
     def parts(name: str, *by: str) -> dict[tuple[Any, ...], Runs]:
@@ -199,14 +216,14 @@ def stored(tables: Mapping[str, pa.Table], task: str, judges: Mapping[str, Mappi
     for (method, step), runs in sorted(parts("curves", "method", "step").items()):
         curves.setdefault(method, {})[step] = runs
     answers = {k[0]: v for k, v in parts("rows", "method").items()}
-    prompts = {(v.columns["tokens"].shape[1:], v.clusters_N) for v in answers.values()}
+    prompts = {(v.columns["completion"].shape[1:], v.clusters_N) for v in answers.values()}
     if len(prompts) > 1:
         raise UsageError(
             f"task {task!r}: its methods did not answer the same prompts; delete the cells of one of them."
         )
     greedy, held_out = ({k[0]: v for k, v in parts(n, "method").items()} for n in ("greedy", "held_out"))
     judgements = {(k[0], k[1], k[2]): v for k, v in parts("judgements", "judge", "method", "against").items()}
-    return Stored(answers, greedy, held_out, curves, judgements, judges, starts)
+    return Stored(answers, greedy, held_out, curves, judgements, judges, starts, baseline)
 
 
 def split(table: pa.Table, by: Sequence[str]) -> dict[tuple[Any, ...], pa.Table]:
