@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from prefzoo.data.samples import Samples
-from prefzoo.data.tokens import tokenise
+from prefzoo.data.samples import Ragged, Samples
+from prefzoo.data.tokens import encode_sides
+from prefzoo.models.tokenizer import end_ids
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,27 @@ class Answers:
 
     @classmethod
     def of_texts(
-        cls, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
+        cls,
+        rows: Sequence[Mapping[str, Any]],
+        texts: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        ended: np.ndarray | None = None,
     ) -> Answers:
-        """Answers that are text; with a tokenizer, for judges that read tokens."""
-        samples = None
-        if tokenizer is not None:
-            per = len(texts) // len(rows)
-            pairs = [{"prompt": rows[b // per]["prompt"], "completion": t} for b, t in enumerate(texts)]
-            samples, _ = tokenise(pairs, tokenizer, "completions", max_length=10**6)
-        return cls(rows, len(texts) // len(rows), texts, np.ones(len(texts), dtype=bool), samples, tokenizer)
+        """Answers that are text, and have ended unless it is told; with a tokenizer, for judges that read tokens."""
+        ended = np.ones(len(texts), dtype=bool) if ended is None else ended
+        made = cls(rows, len(texts) // max(1, len(rows)), texts, ended, None, tokenizer)
+        if tokenizer is None:
+            return made
+        mine = [made.row(b) for b in range(len(texts))]
+        said = [t if isinstance(r["prompt"], str) else [{"role": "assistant", "content": t}]
+                for r, t in zip(mine, texts, strict=True)]  # fmt: skip
+        prompts, sides = encode_sides(tokenizer, [r["prompt"] for r in mine], [said])
+        closes = set(end_ids(tokenizer))
+        ids = [side[:-1] if not whole and side and side[-1] in closes else side
+               for [side], whole in zip(sides, ended, strict=True)]  # fmt: skip
+        extra = {k: [r.get(k) for r in mine] for k in (mine[0] if mine else {})}
+        samples = Samples("completions", Ragged.of(prompts), Ragged.of(ids), np.arange(len(ids)), extra=extra)
+        return replace(made, samples=samples)
 
     def row(self, b: int) -> Mapping[str, Any]:
         """The row that answer b answers."""

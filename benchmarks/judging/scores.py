@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from prefzoo.benchmarks.judging.answers import Answers
-from prefzoo.feedback import ModelReward, resolve_reward
-from prefzoo.models.load import load_scorer, load_tokenizer
+from prefzoo.feedback import resolve_reward
+from prefzoo.models.folders import run_model
+from prefzoo.models.load import load_tokenizer
 from prefzoo.registry import UsageError
 
 
@@ -31,18 +32,18 @@ class Truth:
 
 @dataclass(frozen=True)
 class Model:
-    """A reward model. It reads the policy's tokens where it has the policy's tokenizer, as those of a suite do; else,
-    ``own_tokens``, the text by its own tokenizer."""
+    """A reward model. It reads the policy's tokens, as those of a suite do, or, ``own_tokens``, the text."""
 
     folder: str
     device: str = "cpu"
     own_tokens: bool = False
 
     def score(self, answers: Answers) -> np.ndarray:
-        samples = answers.samples
-        if self.own_tokens or samples is None:
-            samples = Answers.of_texts(answers.rows, answers.texts, load_tokenizer(self.folder)).samples
-        scores = ModelReward(load_scorer(self.folder).to(self.device))(samples)
+        if self.own_tokens or answers.samples is None or answers.tokenizer is None:
+            own = load_tokenizer(run_model(self.folder))
+            answers = Answers.of_texts(answers.rows, answers.texts, own, answers.ended)
+        assert answers.samples is not None and answers.tokenizer is not None
+        scores = resolve_reward(self.folder, answers.tokenizer, self.device)(answers.samples)
         return finite(scores.cpu().numpy().astype(np.float64), answers, f"reward model {self.folder!r}")
 
 

@@ -39,14 +39,14 @@ class Llm(_Section):
     timeout: float = Field(60.0, gt=0)
     retries: int = Field(5, ge=0)
     concurrency: PositiveInt = 8
-    max_calls: PositiveInt | None = None
-    max_cost: float | None = Field(None, gt=0, description="stop before more than this is spent; needs the price")
+    max_calls: PositiveInt | None = Field(None, description="of the whole suite, as max_cost is")
+    max_cost: float | None = Field(None, gt=0, description="stop when so much is spent; needs the price")
     price_per_million: tuple[float, float] | None = Field(None, description="of prompt tokens, of completion tokens")
 
     @model_validator(mode="after")
     def _fits(self) -> Llm:
-        if (self.max_cost is None) != (self.price_per_million is None):
-            raise ValueError("max_cost and price_per_million go together: one is nothing without the other")
+        if self.max_cost is not None and self.price_per_million is None:
+            raise ValueError("max_cost needs price_per_million: [of prompt tokens, of completion tokens]")
         if self.endpoint is None and self.max_cost is not None:
             raise ValueError("max_cost is for an endpoint; a local model costs nothing")
         if self.endpoint is None and self.template == "pair_reasoned":
@@ -103,10 +103,8 @@ class JudgeSpec(_Section):
             raise ValueError(f"a judge is one of {', '.join(known)} with its options; got {list(given)}")
         [kind] = kinds
         if kind not in known:
-            raise ValueError(
-                f"no judge {kind!r}{suggest(str(kind), known)} There are {', '.join(known)}; reward_model alone is the "
-                "proxy"
-            )
+            near = suggest(str(kind), [*known, *RULES, *VERIFIERS.names()])
+            raise ValueError(f"no judge {kind!r}{near} There are {', '.join(known)}; reward_model alone is the proxy")
         value = given[kind]
         if value is None and kind not in ALONE:
             raise ValueError(f"the judge {kind!r} needs a value, such as {{{kind}: {EXAMPLES[kind]}}}")
