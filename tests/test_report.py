@@ -362,7 +362,10 @@ def test_markdown_shows_any_text_letter_by_letter(text: str) -> None:
     line = " ".join(words.plain(text).split())
     in_table = Tags(COMMONMARK.render(f"|a|\n|---|\n|x{escaped(line)}y|\n"))
     assert "".join(in_table.texts).split() == ["a", *f"x{line}y".split()]
-    assert "".join(Tags(COMMONMARK.render(f"x{escaped(line)}y")).texts).strip() == f"x{line}y"
+    for before, after in (("x", "y"), ("", ""), ("- ", "")):
+        found = Tags(COMMONMARK.render(f"{before}{escaped(line)}{after}"))
+        assert "".join(found.texts).strip() == f"{before.strip('- ')}{line}{after}"
+        assert not {tag for tag, _ in found.tags} - {"p", "ul", "li"}
     if line:
         assert "".join(Tags(COMMONMARK.render(f"x {raw(line)} y")).texts).strip() == f"x {line} y"
     body = words.plain(text).rstrip()

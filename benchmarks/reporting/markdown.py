@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import escape
 
 from prefzoo.benchmarks.reporting.page import Answers, Block, Cell, Choice, Code, Column, Matrix, Page, Table, Words
 from prefzoo.benchmarks.reporting.page import Chart as ChartBlock
@@ -11,12 +12,21 @@ SHOWN, METHODS = 5, 12  # prompts and methods of the answers; the HTML has all
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows letter by letter, on one line.
+    """Text that every Markdown shows letter by letter, on one line: entities where not all know the backslash.
 
-    >>> escaped("a_b <img> [x](y) | 1.5 to 2")
-    'a\\\\_b \\\\<img\\\\> \\\\[x\\\\]\\\\(y\\\\) \\\\| 1.5 to 2'
+    >>> escaped("sft_more <img> [x](y) | 1.5 to 2"), escaped("# no heading, _this_")
+    ('sft_more &lt;img&gt; \\\\[x\\\\](y) &#124; 1.5 to 2', '&#35; no heading, \\\\_this\\\\_')
     """
-    return re.sub(r"([\\`*_{}\[\]<>()#!|~$&^])", r"\\\1", _line(text)).replace("://", "\\://").replace("@", "\\@")
+    line = re.sub(r"([\\`*{}\[\]]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", _line(text))
+    line = escape(line, quote=False)
+    line = re.sub(r"[|$~^]", _entity, line)
+    line = re.sub(r":(?=//)|(?<=www)\.|@", _entity, line, flags=re.I)  # nor does an address become a link
+    line = re.sub(r"^[#+=:-]", _entity, line)
+    return re.sub(r"^(\d+)([.)])", lambda found: f"{found[1]}&#{ord(found[2])};", line)
+
+
+def _entity(found: re.Match[str]) -> str:
+    return f"&#{ord(found[0])};"
 
 
 def raw(text: str, *, table: bool = False) -> str:

@@ -95,8 +95,9 @@ def _frontier(axis: Any, task: Result) -> None:
             where = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7.5}
             axis.annotate(_label(p["method"]), (distance, value), **where)
     values = [p["gold"]["estimate"] for p in points]
-    room = 0.2 * (max(values) - min(values)) + 1e-3  # for the points; the interval of a collapsed method may leave it
-    axis.set_ylim(min(values) - room, max(values) + room)
+    room = max(values) - min(values) or 1.0  # the interval of a collapsed method may leave it
+    held = [v for p in points for v in ends(p["gold"]) or () if min(values) - room <= v <= max(values) + room] + values
+    axis.set_ylim(min(held) - 0.05 * room, max(held) + 0.05 * room)
     reach = max(math.sqrt(max(p["kl"]["estimate"], 0.0)) for p in points) or 1.0
     axis.set_xlim(-0.06 * reach, 1.25 * reach)
     axis.set_xlabel("√KL to the start, √nats")

@@ -119,14 +119,15 @@ document.addEventListener("pointermove", (event) => {
   if (target) showTip(target, event.clientX, event.clientY);
   else if (!document.activeElement.matches("[data-tip]")) tip.hidden = true;
 });
-document.addEventListener("focusin", (event) => {
-  const target = event.target.closest("[data-tip]");
-  if (!target || !event.target.matches(":focus-visible")) { tip.hidden = true; return; }
+const tipOfFocus = () => {
+  const target = document.activeElement.closest("[data-tip]");
+  if (!target || !document.activeElement.matches(":focus-visible")) { tip.hidden = true; return; }
   const box = target.getBoundingClientRect();
   showTip(target, box.left, box.bottom - 10);
-});
+};
+document.addEventListener("focusin", tipOfFocus);
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
-document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true, capture: true });
+document.addEventListener("scroll", tipOfFocus, { passive: true, capture: true });
 
 // ---- the section that is read
 const links = new Map(all("nav a").map((link) => [decodeURIComponent(link.hash.slice(1)), link]));
