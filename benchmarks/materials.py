@@ -295,7 +295,7 @@ def files_data(params: Params, inputs: Inputs, folder: Path) -> Facts:
     given = params["data"]
 
     def opened(source: Any) -> Dataset:
-        return load_dataset(source, columns=given["columns"])
+        return load_dataset(here(source), columns=given["columns"])
 
     whole = opened(given["train"])
     parts: dict[str, Rows] = {"train": [], "validation": [], "held_out": [], "test": []}
@@ -327,10 +327,22 @@ def files_data(params: Params, inputs: Inputs, folder: Path) -> Facts:
             asked = {json.dumps(p["prompt"], sort_keys=True): p for p in map(prompt_only, kept)}
             write_rows(folder / f"{part}_prompts.jsonl", list(asked.values()))
     if given["demonstrations"] is not None:
-        rows = _fitting(list(convert(opened(given["demonstrations"]), "completions").rows), tokenizer, room)
+        rows = _fitting(list(convert(opened(given["demonstrations"]), "prompt_completion").rows), tokenizer, room)
         write_rows(folder / "demonstrations.jsonl", rows)
         facts["demonstrations"] = {"rows": len(rows)}
     return facts
+
+
+def here(source: Any) -> Any:
+    """A source without what chooses a part of a hub id, where a file or a folder stands in for one.
+
+    >>> here({"path": "org/name", "name": "main"})
+    {'path': 'org/name', 'name': 'main'}
+    """
+    if not isinstance(source, Mapping) or not Path(str(source.get("path", ""))).exists():
+        return source
+    of_the_hub = ("name", "revision", *(() if Path(source["path"]).is_dir() else ("split",)))
+    return {k: v for k, v in source.items() if k not in of_the_hub}
 
 
 def _texts_of(row: Mapping[str, Any]) -> list[str]:

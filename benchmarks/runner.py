@@ -24,6 +24,7 @@ from prefzoo.plugins import import_file
 from prefzoo.registry import UsageError
 
 FORMAT = 2  # of a results folder
+SPLIT_OFF = ("data.validation", "data.test", "data.held_out", "data.demonstrations")  # of other data than the suite's
 
 
 def run(
@@ -50,7 +51,7 @@ def run(
         out: folder of cells and results, of one suite.
         algorithms: only these methods of the suite, or any registered algorithms under the suite's recipes.
         seeds: training seeds per method; default: the suite's.
-        data: file, folder or hub id instead of the suite's ``data.train``.
+        data: file, folder or hub id instead of the suite's data; test prompts and the other parts are split off it.
         changes: other values of the suite by dotted keys: ``{"start.model": "my-model"}``.
         imports: Python files that register losses, algorithms or suites.
         executor: ``in-process``, ``workers`` (processes of one thread each), ``ray``, or an executor.
@@ -92,7 +93,8 @@ def chosen_suite(
         chosen = suite.but(**changed) if changed else suite
     else:
         try:
-            chosen = get_suite(suite, changed if data is None else {**changed, "data.train": str(data)})
+            instead = {} if data is None else {"data.train": str(data), **dict.fromkeys(SPLIT_OFF)}
+            chosen = get_suite(suite, {**instead, **changed})
         except UsageError as error:
             if data is not None and _brings_data(suite, changed):
                 raise UsageError(

@@ -172,6 +172,9 @@ def _open_folder(path: Path, split: str | None) -> tuple[str, Read]:
     if not files:
         raise UsageError(f"data {str(path)!r}: the folder holds no file of a known kind ({', '.join(FILES)}).")
     stems = {p: re.split(r"[-_.]", p.name)[0] for p in files}
+    whole = {p: re.sub(r"-\d+-of-\d+$", "", p.name.partition(".")[0]) for p in files}
+    if split not in SPLITS and split in whole.values():  # train_prefs, test_prefs, ... as the hub stores them
+        return f"{path.name}:{split}", lambda: (row for p in files if whole[p] == split for row in _file(p, True))
     names = sorted(set(stems.values()) & set(SPLITS))
     others = [p.name for p in files if stems[p] not in SPLITS]
     if names and others and split is None:
