@@ -75,9 +75,9 @@ class LlmJudge:
 
     def prefers(self, shown: Sequence[Shown]) -> list[float | None]:
         """How likely the first answer is better."""
-        prompts, first, second = ([s.row["prompt"] for s in shown], *([s[k].text for s in shown] for k in (1, 2)))
+        first, second = [s.first.text for s in shown], [s.second.text for s in shown]
         columns = {name: [s.row[name] for s in shown] for name in self._asks.template.places if self._has(name, shown)}
-        said = self._asks(prompts, first, second, **columns)
+        said = self._asks([s.row["prompt"] for s in shown], first, second, **columns)
         self._unread += sum(q is None for q in said)
         return said
 
@@ -89,7 +89,8 @@ class LlmJudge:
         """What was spent on so many questions since the last time."""
         told = {k.removeprefix("judge/"): float(v) for k, v in self._asks.drain().items()}
         failed = round(told.pop("failed", 0.0) * asked)
-        counts = {k: told[k] for k in ("calls", "cached", "prompt_tokens", "completion_tokens", "cost") if k in told}
+        units = ("calls", "cached", "prompt_tokens", "completion_tokens", "cost")
+        counts: dict[str, float] = {k: told[k] for k in units if k in told}
         unread, self._unread = self._unread, 0
         return {"asked": float(asked), "unparsed": float(unread - failed), "failed": float(failed), **counts}
 

@@ -66,8 +66,8 @@ def read_labelled(source: Any, columns: Mapping[str, str] | None = None) -> Labe
                 f"(known by themselves: {', '.join(names)})."
             )
     if found["a"] == "chosen" and found["b"] == "rejected":  # tossed, or who always says "the first" would be right
-        raters, sides = ("chosen",), ("chosen", "rejected")
-        labels_NR = np.array([[float(derive_seed("sides", *(str(r[s]) for s in sides)) % 2)] for r in rows])
+        raters: tuple[str, ...] = ("chosen",)
+        labels_NR = np.array([[float(derive_seed("sides", str(r["chosen"]), str(r["rejected"])) % 2)] for r in rows])
         rows = [r if label else {**r, "chosen": r["rejected"], "rejected": r["chosen"]}
                 for r, [label] in zip(rows, labels_NR, strict=True)]  # fmt: skip
     else:
@@ -77,7 +77,8 @@ def read_labelled(source: Any, columns: Mapping[str, str] | None = None) -> Labe
     for row in rows:
         more = f"\n\n{row[extra]}" if extra and row[extra] else ""
         row["prompt"] = said(row[found["prompt"]]) + more
-    return Labelled(rows, *([str(r[found[s]]) for r in rows] for s in ("a", "b")), labels_NR, raters)
+    a, b = ([str(r[found[side]]) for r in rows] for side in ("a", "b"))
+    return Labelled(rows, a, b, labels_NR, raters)
 
 
 def _raters(told: str | None, have: Sequence[str], name: str) -> tuple[str, ...]:
