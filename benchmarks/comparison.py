@@ -1,127 +1,42 @@
-"""``compare``: models that exist already, on prompts, by a judge. It trains nothing."""
+"""``compare``: models that exist already, or files of answers, on the same prompts, by judges. It trains nothing."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import json
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from prefzoo.benchmarks import statistics
-from prefzoo.data.formats import convert, load_dataset
-from prefzoo.data.samples import Samples
-from prefzoo.data.tokens import encode_prompts
+from prefzoo.benchmarks.cells import cluster_of, places
+from prefzoo.benchmarks.contenders import device, gather, is_file
+from prefzoo.benchmarks.judging import Answers, JudgeSpec, PairJudge, ScoreJudge, Verdicts, make_judge
+from prefzoo.benchmarks.judging.pairs import Shown, both_orders
+from prefzoo.benchmarks.judging.scores import finite
 from prefzoo.feedback import resolve_reward
-from prefzoo.generation import sample, texts
-from prefzoo.models.causal import open_config
-from prefzoo.models.folders import run_model
-from prefzoo.models.load import load_tokenizer
-from prefzoo.registry import UsageError
+from prefzoo.files import replacing_file
+from prefzoo.registry import UsageError, suggest
 from prefzoo.rollout import Sampling
+from prefzoo.source import content_hash
 from prefzoo.training import Run
-from prefzoo.training.run import load_run_policy
 
-PairJudge = Callable[[list[str], list[str], list[str]], Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Who wins against whom: for every pair a win rate of A over B with its interval, verdicts by Holm."""
-
-    names: tuple[str, ...]
-    pairs: list[dict[str, Any]]
-    answers: Mapping[str, list[str]] = field(repr=False)
-    left_out: int = 0  # prompts that leave a model no room for an answer
-
-    def __str__(self) -> str:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-
-        console = Console(file=io.StringIO(), width=110, force_terminal=False, markup=False, emoji=False)
-        table = Table("A", "B", "A wins, %", "p (Holm)", "ties, %", "order flips, %", "verdict on A", box=SIMPLE_HEAD)
-        for p in self.pairs:
-            w = p["win"]
-            interval = f"{100 * w['estimate']:.1f} [{100 * w['ci'][0]:.1f}, {100 * w['ci'][1]:.1f}]"
-            flips = "–" if p["order_flips"] is None else f"{100 * p['order_flips']:.1f}"
-            table.add_row(p["a"], p["b"], interval, f"{p['p_holm']:.2g}", f"{100 * p['ties']:.1f}", flips, p["verdict"])
-        console.print(table)
-        if self.left_out:
-            console.print(f"{self.left_out} prompts left out: too long for one of the models with its answer.")
-        return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def compare(
-    models: Mapping[str, Any] | Sequence[Any],
-    *,
-    prompts: Any,
-    judge: Any,
-    samples: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int = 128,
-    seed: int = 0,
-) -> Comparison:
-    """Compare finished models or runs on the same prompts.
-
-    Args:
-        models: name -> folder of a model or run, or a :class:`prefzoo.Run`; a list is named by its folders.
-        prompts: a data set of any type; its prompts are used, each once.
-        judge: scores single answers: a reward function with TRL's signature, a verifier's name, a reward-model folder.
-            Or compares two: ``pairwise(f)`` with ``f(prompts, answers_a, answers_b)`` giving numbers in [0, 1], 1 where
-            A is better; it is asked in both orders, and the two verdicts are averaged before any statistics.
-        samples: answers per prompt, averaged within the prompt.
-        temperature, max_new_tokens, seed: how answers are sampled; the same random numbers for every model.
-
-    One run per model: the verdicts are about these models, not about the methods that made them.
-    """
-    named = dict(models) if isinstance(models, Mapping) else _named(models)
-    if len(named) < 2:
-        raise UsageError("compare needs at least two models.")
-    found = convert(load_dataset(prompts), "prompt").rows
-    rows = list({json.dumps(r, sort_keys=True, default=str): r for r in found}.values())
-    found = rows
-    for model in named.values():
-        rows = _answerable(model, rows, max_new_tokens)
-    if not rows:
-        raise UsageError(f"none of the {len(found)} prompts leaves every model room for {max_new_tokens} new tokens.")
-    answered = {
-        n: _answer(m, rows, samples, Sampling(temperature, max_new_tokens=max_new_tokens), seed)
-        for n, m in named.items()
-    }
-    words = {n: texts(s, t) for n, (s, t) in answered.items()}
-    scores = None if isinstance(judge, pairwise) else {n: _score(judge, *answered[n]) for n in named}
-    asked = [str(r["prompt"]) for r in rows for _ in range(samples)]
-    clusters = [str(r["prompt"]) for r in rows]
-    pairs, tests = [], []
-    for a, b in itertools.combinations(named, 2):
-        flips = None
-        if isinstance(judge, pairwise):
-            forward, backward = judge(asked, words[a], words[b]), 1 - judge(asked, words[b], words[a])
-            wins, flips = (forward + backward) / 2, float(((forward - 0.5) * (backward - 0.5) < 0).mean())
-        else:
-            assert scores is not None
-            wins = statistics.win(scores[a], scores[b])
-        table = wins.reshape(1, len(rows), samples).mean(-1)
-        win = statistics.win_rate(table, clusters=clusters)
-        tests.append((table, win))
-        pairs.append({"a": a, "b": b, "win": win.to_dict(), "ties": float((wins == 0.5).mean()), "order_flips": flips})
-    adjusted = statistics.holm([win.p if win.p is not None else 1.0 for _, win in tests])
-    for row, (table, _), p in zip(pairs, tests, adjusted, strict=True):
-        gap = statistics.difference(table, 1 - table, paired_seeds=True, clusters=clusters)
-        row |= {"p_holm": float(p), "verdict": statistics.verdict(gap, float(p))}
-    return Comparison(tuple(named), pairs, words, left_out=len(found) - len(rows))
+TASK = "compare"
+TURNED = {"better": "worse", "worse": "better"}
 
 
 class pairwise:
-    """Marks a judge that compares two answers instead of scoring one."""
+    """Marks a judge that compares two answers instead of scoring one: ``f(prompts, answers_a, answers_b)`` gives
+    numbers in [0, 1], 1 where A is better. It is asked in both orders; equal texts are ties, and it is not asked."""
 
-    def __init__(self, function: PairJudge) -> None:
+    def __init__(self, function: Callable[[list[str], list[str], list[str]], Sequence[float]]) -> None:
         self.function = function
 
     def __call__(self, prompts: list[str], a: list[str], b: list[str]) -> np.ndarray:
@@ -132,53 +47,347 @@ class pairwise:
             )
         return verdicts
 
+    def compare(self, answers: Answers, baseline: Answers) -> Verdicts:
+        return Verdicts(*both_orders(answers, baseline, self._prefers))
 
-def _named(models: Sequence[Any]) -> dict[str, Any]:
+    def _prefers(self, shown: Sequence[Shown]) -> list[float]:
+        asked = ([str(s.row["prompt"]) for s in shown], [s.first.text for s in shown], [s.second.text for s in shown])
+        return self(*asked).tolist()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A judge that is a function with TRL's signature, or a reward source in memory."""
+
+    function: Any
+    name: str
+
+    def score(self, answers: Answers) -> np.ndarray:
+        assert answers.samples is not None and answers.tokenizer is not None
+        scores = resolve_reward(self.function, answers.tokenizer, device())(answers.samples)
+        return finite(scores.cpu().numpy().astype(np.float64), answers, f"judge {self.name!r}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Who wins against whom: for every pair a win rate of A over B with its interval, verdicts by Holm.
+
+    ``results`` is the whole ``results.json``; ``contenders``: the answers of each model.
+    """
+
+    results: Mapping[str, Any] = field(repr=False)
+    contenders: Mapping[str, Answers] = field(repr=False)
+    tables: Mapping[str, pa.Table] = field(repr=False)
+    left_out: int = 0  # prompts that leave a model no room for an answer
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.contenders)
+
+    @property
+    def baseline(self) -> str:
+        """The model that the others' win rates are shown against."""
+        return str(self.results["tasks"][TASK]["reference"])
+
+    @property
+    def answers(self) -> dict[str, list[str]]:
+        """All answers to a prompt one after the other."""
+        return {name: list(found.texts) for name, found in self.contenders.items()}
+
+    @property
+    def pairs(self) -> list[dict[str, Any]]:
+        """Every pair of models: ``win``, ``ties``, ``order_flips``, ``unparsed``, ``p_holm``, ``verdict``, ..."""
+        found = self.results["tasks"][TASK]["pairs"]
+        return [{**p, "win": p["head_to_head"], "order_flips": p["flips"]} for p in found]
+
+    def __getitem__(self, pair: tuple[str, str]) -> dict[str, Any]:
+        """One pair, seen from its first name: ``comparison["dpo", "kto"]["win"]["estimate"]``."""
+        for name in pair:
+            if name not in self.names:
+                raise UsageError(f"no model {name!r}{suggest(name, self.names)} Compared: {', '.join(self.names)}.")
+        a, b = pair
+        if a == b:
+            raise UsageError(f"{a!r} twice: give the names of two models.")
+        found = {(p["a"], p["b"]): p for p in self.pairs}
+        return found[a, b] if (a, b) in found else turned(found[b, a])
+
+    def __str__(self) -> str:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console(file=io.StringIO(), width=120, force_terminal=False, markup=False, emoji=False)
+        task = self.results["tasks"][TASK]
+        table = Table("A", "B", "A wins, %", "p (Holm)", "ties, %", "order flips, %", "verdict on A", box=SIMPLE_HEAD)
+        for p in self.pairs:
+            w = p["win"]
+            low, high = max(w["ci"][0], 0.0), min(w["ci"][1], 1.0)  # a t interval can reach beyond what a share can be
+            interval = f"{100 * w['estimate']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            flips = "–" if p["flips"] is None else f"{100 * p['flips']:.1f}"
+            table.add_row(p["a"], p["b"], interval, f"{p['p_holm']:.2g}", f"{100 * p['ties']:.1f}", flips, p["verdict"])
+        console.print(table)
+        scores = [j for j, told in task["judges"].items() if not told["pairs"]]
+        table = Table("model", "mean characters", *(f"mean {j}" for j in scores), box=SIMPLE_HEAD)
+        for name, found in task["methods"].items():
+            means = (f"{found['means'][j]['estimate']:.4g}" for j in scores)
+            table.add_row(name, f"{found['length']['mean']:.0f}", *means)
+        console.print(table)
+        if self.left_out:
+            console.print(f"{self.left_out} prompts left out: too long for one of the models with its answer.")
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def report(self, folder: str | Path) -> str:
+        """Write ``results.json``, the tables and the report into a folder; returns the terminal's table.
+
+        ``UsageError`` where the folder holds results of something else.
+        """
+        from prefzoo.benchmarks.reporting import write_report
+
+        folder, file = Path(folder), Path(folder) / "results.json"
+        if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("suite") != self.results["suite"]:
+            raise UsageError(f"{str(folder)!r} holds the results of a suite; give the comparison a folder of its own.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write(self.tables, folder)
+        with replacing_file(file) as aside:
+            aside.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        return write_report(folder)
+
+
+def compare(
+    models: Mapping[str, Any] | Sequence[Any],
+    *,
+    judge: Any,
+    prompts: Any = None,
+    columns: Mapping[str, str] | None = None,
+    samples: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    baseline: str | None = None,
+    tokenizer: Any = None,
+    cache: str | Path = ".prefzoo-judge",
+    command: str = "prefzoo.compare(...)",
+) -> Comparison:
+    """Compare finished models, runs or files of answers on the same prompts.
+
+        y = mean over samples and both orders of P(A's answer is better),   difference = y - (1 - y)
+
+    Errors are clustered by prompt; p-values are corrected over all pairs (Holm).
+
+    Args:
+        models: name -> a folder of a model, run or adapter, a hub id, a :class:`prefzoo.Run`, or a file of answers
+            (JSON Lines, CSV, Parquet: prompt and completion); a list is named by its folders and files.
+        judge: what :class:`~prefzoo.benchmarks.judging.JudgeSpec` knows (``length``, a verifier's name, a reward-model
+            folder, ``{"llm": {...}}``, ``{"human": FILE}``), a reward function with TRL's signature, or
+            ``pairwise(f)``; a list: the first decides, the others are shown.
+        prompts: a data set of any type; its prompts are used, each once. None: those of the files of answers.
+        columns: what ``prompts`` calls our columns; without ``prompts``, what the files of answers do.
+        samples: answers per prompt, averaged within the prompt; None: as many as files have, else 1.
+        temperature, top_p, max_new_tokens, seed: how models answer; the same random numbers for every one.
+        baseline: the model that win rates are shown against; default: the first.
+        tokenizer: for functions that read the tokens of answers from files.
+        cache: folder of the verdicts of endpoints.
+
+    One run per model: the verdicts are about these models, not about the methods that made them.
+
+    Raises:
+        UsageError: fewer than two models, names that are not unique, files that do not answer the same prompts.
+
+    Source:
+        Both orders: Zheng et al., arXiv:2306.05685; errors: ``prefzoo.benchmarks.statistics``.
+    """
+    started = time.monotonic()
+    named = dict(models) if isinstance(models, Mapping) else dict(_named(models))
+    if len(named) < 2:
+        raise UsageError("compare needs at least two models.")
+    if baseline is not None and baseline not in named:
+        raise UsageError(f"no model {baseline!r}{suggest(baseline, named)} Compared: {', '.join(named)}.")
+    sampling = Sampling(temperature, top_p, max_new_tokens)
+    judges = _judges(judge, Path(cache))
+    found, left_out = gather(
+        named, prompts, columns=columns, samples=samples, sampling=sampling, seed=seed, tokenizer=tokenizer
+    )
+    tables, spent = _judged(found, judges)
+    rows = next(iter(found.values())).rows
+    if len({cluster_of(r) for r in rows}) < 2:
+        raise UsageError(f"{len(rows)} prompt: an error needs at least two prompts that are not alike.")
+    told = {
+        j: {"kind": kind, "pairs": isinstance(asked, PairJudge), "primary": i == 0,
+            "column": None if isinstance(asked, PairJudge) else j}
+        for i, (j, (kind, asked)) in enumerate(judges.items())
+    }  # fmt: skip
+    per_prompt = next(iter(found.values())).per_prompt
+    decoding = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "samples": per_prompt,
+    }  # fmt: skip
+    task = {
+        "kind": "comparison", "metric": next(iter(judges)), "reference": baseline or next(iter(named)),
+        "samples": per_prompt, "decoding": decoding, "budget": None, "judges": told, "shared": {}, "failed": {},
+        "lost": {}, "not_applicable": {}, "tuning": None,
+        "methods": {n: _about(model) for n, model in named.items()},
+    }  # fmt: skip
+    config = {"models": {n: _source(m) for n, m in named.items()}, "judges": list(judges), "decoding": decoding}
+    results = {
+        "suite": TASK, "about": "Models as they are, on the same prompts; nothing was trained.", "config": config,
+        "command": command, "test_prompts": len(rows), "tasks": {TASK: task},
+        "data_hashes": {n: content_hash(Path(m)) for n, m in named.items() if is_file(m)},
+        "cost": {"wall_seconds": time.monotonic() - started, "judges": {TASK: spent}, "methods": {}},
+    }  # fmt: skip
+    return Comparison(_computed(results, tables), found, tables, left_out)
+
+
+def _computed(results: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> dict[str, Any]:
+    """All numbers from the tables, as those of a suite are computed from its folder."""
+    from prefzoo.benchmarks.results import computed
+    from prefzoo.benchmarks.results.gather import FORMAT
+    from prefzoo.benchmarks.runner import environment
+
+    fixed = {
+        "format": FORMAT, "seeds": 1, "start_seeds": 1, "this_run_only": True, "verdicts": "all", "margin": 0.02,
+        "budget": "", "environment": environment(),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        write(tables, Path(folder))
+        return computed({**fixed, **results}, Path(folder))
+
+
+def write(tables: Mapping[str, pa.Table], folder: Path) -> None:
+    """Each table as ``NAME.parquet``; one of an earlier comparison that has no successor is removed."""
+    for name in ("rows", "judgements"):
+        path = folder / f"{name}.parquet"
+        if name not in tables:
+            path.unlink(missing_ok=True)
+            continue
+        with replacing_file(path) as aside:
+            pq.write_table(tables[name], aside)
+
+
+# ------------------------------------------------------------------------------------------ judges
+
+
+def _judges(given: Any, cache: Path) -> dict[str, tuple[str, ScoreJudge | PairJudge]]:
+    """Name -> kind and judge; the first decides."""
+    found: dict[str, tuple[str, ScoreJudge | PairJudge]] = {}
+    for one in given if isinstance(given, list | tuple) else [given]:
+        name, kind, judge = _judge(one, cache)
+        if name in found or name in COLUMNS:
+            why = "two judges have this name" if name in found else "a column of the answers has this name"
+            raise UsageError(f"judge {name!r}: {why}; give it another: {{{kind}: ..., name: ...}}.")
+        found[name] = kind, judge
+    if not found:
+        raise UsageError("judge: name at least one, such as a reward-model folder, a verifier, or length.")
+    return found
+
+
+def _judge(given: Any, cache: Path) -> tuple[str, str, ScoreJudge | PairJudge]:
+    if isinstance(given, str | Path | Mapping):
+        text = json.dumps(dict(given)) if isinstance(given, Mapping) else str(given)
+        given = JudgeSpec.parse("{verifier: exact}" if text == "exact" else text)
+    if isinstance(given, JudgeSpec):
+        return given.name, given.kind, make_judge(given, cache=cache, device=device())
+    plain = getattr(given, "function", given)
+    name = getattr(plain, "__name__", type(plain).__name__)
+    name = name if name.isidentifier() else "judge"
+    return name, "function", given if isinstance(given, pairwise) else Scored(given, name)
+
+
+COLUMNS = (
+    "task", "method", "run", "seed", "prompt", "sample", "cluster", "prompt_text", "completion", "characters",
+    "finished",
+)  # fmt: skip
+
+
+def _judged(
+    found: Mapping[str, Answers], judges: Mapping[str, tuple[str, ScoreJudge | PairJudge]]
+) -> tuple[dict[str, pa.Table], dict[str, dict[str, float]]]:
+    """The answers with their scores; what judges of pairs say of every pair, seen from both sides; and what it took."""
+    scores = {
+        j: {n: judge.score(a) for n, a in found.items()}
+        for j, (_, judge) in judges.items()
+        if not isinstance(judge, PairJudge)
+    }
+    tables = {"rows": pa.concat_tables([_rows(n, a, {j: s[n] for j, s in scores.items()}) for n, a in found.items()])}
+    said, spent = [], {}
+    for j, (_, judge) in judges.items():
+        if not isinstance(judge, PairJudge):
+            continue
+        spent[j] = dict[str, float]()
+        for a, b in itertools.combinations(found, 2):
+            verdicts = judge.compare(found[a], found[b])
+            for unit, amount in verdicts.spent.items():
+                spent[j][unit] = spent[j].get(unit, 0.0) + amount
+            forward, backward = verdicts.forward_B, verdicts.backward_B
+            said.append(_verdicts(j, a, b, found[a], forward, backward))
+            said.append(_verdicts(j, b, a, found[a], 1 - backward, 1 - forward))
+    return tables | ({"judgements": pa.concat_tables(said)} if said else {}), spent
+
+
+def _rows(name: str, answers: Answers, scores: Mapping[str, np.ndarray]) -> pa.Table:
+    count, of = len(answers.texts), [answers.row(b) for b in range(len(answers.texts))]
+    return pa.table({
+        "task": [TASK] * count, "method": [name] * count, "run": [0] * count, "seed": [0] * count,
+        **places(list(answers.rows), answers.per_prompt), **scores,  # type: ignore[arg-type]
+        "characters": [len(t) for t in answers.texts], "finished": np.asarray(answers.ended),
+        "cluster": [cluster_of(r) for r in of], "prompt_text": [str(r["prompt"]) for r in of],
+        "completion": list(answers.texts),
+    })  # fmt: skip
+
+
+def _verdicts(judge: str, a: str, b: str, answers: Answers, forward: np.ndarray, backward: np.ndarray) -> pa.Table:
+    count = len(forward)
+    return pa.table({
+        "task": [TASK] * count, "method": [a] * count, "run": [0] * count, "judge": [judge] * count,
+        "against": [b] * count, **places(list(answers.rows), answers.per_prompt),  # type: ignore[arg-type]
+        "forward": forward, "backward": backward,
+    })  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ names
+
+
+def _named(models: Sequence[Any]) -> list[tuple[str, Any]]:
     names = [_name(m) for m in models]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"two of the models are called {name!r}; give a mapping of names to models.")
-    return dict(zip(names, models, strict=True))
+            raise UsageError(
+                f"two of the models are called {name!r}; give them names: --names A,B (a mapping in Python)."
+            )
+    return list(zip(names, models, strict=True))
 
 
 def _name(model: Any) -> str:
     if isinstance(model, Run):
         return model.algorithm
     path = Path(model)
+    if is_file(model):
+        return Path(path.name.removesuffix(".gz")).stem
     return path.parent.name if path.name == "final" else path.name
 
 
-def _answerable(model: Any, rows: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
-    """The rows whose prompts leave the model room for an answer, found without loading its weights."""
-    if isinstance(model, Run):
-        assert model.policy is not None, "compare needs policies, not reward models"
-        tokenizer, config = model.tokenizer, model.policy.model.config
-    else:
-        folder = run_model(model)
-        tokenizer, config = load_tokenizer(folder), open_config(folder)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
-        return rows
-    ids = encode_prompts(tokenizer, [row["prompt"] for row in rows])
-    return [row for row, prompt in zip(rows, ids, strict=True) if len(prompt) + max_new_tokens <= positions]
+def _source(model: Any) -> str:
+    return str(model) if isinstance(model, str | Path) else f"{type(model).__name__} in memory"
 
 
-def _answer(model: Any, rows: list[dict[str, Any]], n: int, sampling: Sampling, seed: int) -> tuple[Samples, Any]:
-    if isinstance(model, Run):
-        assert model.policy is not None, "compare needs policies, not reward models"
-        policy, tokenizer = model.policy, model.tokenizer
-    else:
-        policy, tokenizer = load_run_policy(model)
-        policy.to(_device())
-    return sample(policy, tokenizer, rows, n, sampling, seed), tokenizer
+def _about(model: Any) -> dict[str, Any]:
+    """What a suite says of a method, as far as a finished model has it."""
+    return {
+        "group": "answers" if is_file(model) else "model", "sees": None, "algorithm": None,
+        "options": {"source": _source(model)}, "tuned": False, "failed_runs": 0, "cells": [], "spent": {},
+        "budget_spent": None,
+    }  # fmt: skip
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _score(judge: Any, answers: Samples, tokenizer: Any) -> np.ndarray:
-    scores = resolve_reward(judge, tokenizer, _device())(answers).numpy().astype(np.float64)
-    if np.isnan(scores).any():
-        raise UsageError(f"the judge gave no score for {int(np.isnan(scores).sum())} answers; it must judge every one.")
-    return scores
+def turned(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """The same pair seen from the other model."""
+    win, gap, mcnemar = pair["win"], pair["difference"], pair["mcnemar"]
+    seen = {**win, "estimate": 1 - win["estimate"], "ci": [1 - end for end in win["ci"][::-1]]}
+    lost = {**gap, "estimate": -gap["estimate"], "ci": [-end for end in gap["ci"][::-1]], "t": -gap["t"],
+            "mean_a": gap["mean_b"], "mean_b": gap["mean_a"]}  # fmt: skip
+    if mcnemar is not None:
+        sides = {"only_a": mcnemar["only_b"], "only_b": mcnemar["only_a"]}
+        mcnemar = {**mcnemar, **sides, "estimate": -mcnemar["estimate"]}
+    return {
+        **pair, "a": pair["b"], "b": pair["a"], "win": seen, "head_to_head": seen, "difference": lost,
+        "mcnemar": mcnemar, "verdict": TURNED.get(pair["verdict"], pair["verdict"]),
+    }  # fmt: skip

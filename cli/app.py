@@ -406,6 +406,61 @@ def bench(
 
 
 @app.command()
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="A B ...", help="runs, model folders, adapters, hub ids, or files of answers"),
+    ],
+    judge: Annotated[
+        list[str],
+        typer.Option(
+            metavar="JUDGE",
+            help="reward-model folder, verifier, length, FILE.py:NAME, '{llm: {model: FOLDER}}', '{human: FILE}'; "
+            "repeatable, the first decides",
+        ),
+    ],
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="what they answer; not needed with files of answers")
+    ] = None,
+    columns: Columns = None,
+    names: Annotated[str | None, typer.Option(metavar="A,B,...", help="what to call them")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="NAME", help="win rates are shown against it (default: the first)")
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="answers per prompt (default: as many as files have, else 1)")
+    ] = None,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    max_new_tokens: NewTokens = 256,
+    seed: Seed = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="of files, for functions that read tokens")
+    ] = None,
+    cache: Annotated[str, typer.Option(metavar="FOLDER", help="verdicts of endpoints")] = ".prefzoo-judge",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write results and the report there")] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="write a blinded sheet for people to judge")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare models that exist already, or files of their answers, on the same prompts; it trains nothing.
+
+    prefzoo compare runs/dpo runs/kto --prompts test.jsonl --judge my_reward_model --out comparison
+
+    Every pair, both orders where a judge compares, one family of claims. Of these models, not of the methods that
+    made them: that takes several seeds, and 'prefzoo bench'.
+    """
+    from prefzoo.cli import compare as command
+
+    answering = {
+        "samples": n, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed,
+        "baseline": baseline, "tokenizer": tokenizer, "cache": cache,
+    }  # fmt: skip
+    command.compare(models, judge, prompts, columns, names, answering, out, export, as_json)
+
+
+@app.command()
 def diff(
     first: Annotated[str, typer.Argument(metavar="RUN1", help="folder of a run, its final/ or a checkpoint")],
     second: Annotated[str, typer.Argument(metavar="RUN2", help="another")],

@@ -84,8 +84,21 @@ def compare(family: Family, planned_runs: int, margin: float) -> list[dict[str, 
             "to_decide": None if sequel is None else sequel.to_dict(),
             "permutation_p": _permuted(a_SN, b_SN, clusters),
             "flag": _flag(gap, len(family.runs((a, b))), planned_runs),
+            **(_head_to_head(family.stored, a, b) if family.stored.baseline else {}),
         })  # fmt: skip
     return rows
+
+
+def _head_to_head(stored: Stored, a: str, b: str) -> dict[str, Any]:
+    """What the judge did with a pair; McNemar's test where it says right or wrong, of the first answers."""
+    judged = stored.judged(a, b)
+    assert judged is not None
+    mcnemar = None
+    if not stored.judges[stored.metric]["pairs"]:
+        a_N, b_N = (stored.answers[m].columns[stored.column][0, :, 0] for m in (a, b))
+        if {*a_N, *b_N} <= {0.0, 1.0}:
+            mcnemar = statistics.mcnemar(a_N, b_N).to_dict()
+    return {"ties": judged.ties, "flips": judged.flips, "unparsed": judged.unparsed, "mcnemar": mcnemar}
 
 
 def jointly(family: Family) -> statistics.MaxT | None:

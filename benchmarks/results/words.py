@@ -18,7 +18,12 @@ SHOWN = 3  # undecided pairs at the top that get a sentence of their own
 def verdict(results: Mapping[str, Any]) -> list[str]:
     """Sentences, the most important first."""
     said = []
-    if results["this_run_only"]:
+    if compared(results):
+        said.append(
+            "All of this is about these models, not about the methods that made them: the errors cover the choice of "
+            "prompts, and not the luck of training."
+        )
+    elif results["this_run_only"]:
         said.append(
             "One training seed per method: all of this is about these runs only, not about the methods. The errors "
             "cover the choice of prompts and not the luck of training; run with --seeds 5 or more."
@@ -27,8 +32,12 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     for name, task in results["tasks"].items():
         lead = f"{name}: " if many else ""
         said += [lead + sentence for sentence in of_task(task, results)]
-    said.append(conditional(results))
-    return said
+    return said if compared(results) else [*said, conditional(results)]
+
+
+def compared(results: Mapping[str, Any]) -> bool:
+    """Whether models were compared as they are, without a suite."""
+    return any("reference" in task for task in results["tasks"].values())
 
 
 def of_task(task: Task, results: Mapping[str, Any]) -> list[str]:
@@ -46,6 +55,7 @@ def of_task(task: Task, results: Mapping[str, Any]) -> list[str]:
 def ranked(task: Task) -> list[str]:
     """Methods by their win rate against the reference, best first."""
     wins = {m: found["win"]["estimate"] for m, found in task["methods"].items() if found["win"]}
+    wins |= {task["reference"]: 0.5} if "reference" in task else {}
     return sorted(wins, key=lambda m: (-wins[m], m))
 
 
@@ -165,7 +175,9 @@ def conditional(results: Mapping[str, Any]) -> str:
 
 def win_sentence(name: str, task: Task) -> str:
     found = task["methods"][name]
-    against = "start" if "start" in found["against"] else "sft_more"
+    if not found["win"]:
+        return f"No model wins more than half against {name}, by the judge {task['metric']}."
+    against = next(iter(found["against"]))
     return f"{name} wins {share(found['win'])} against {against}, by the judge {task['metric']}."
 
 
