@@ -78,7 +78,7 @@ def cost(results: Result, name: str, task: Result) -> Section:
         spent, mine = methods[m].get("spent") or {}, paid.get(m, {})
         memory = mine.get("peak_memory")
         rows.append([
-            Cell(m, sort=m), *(Cell(f"{spent[u]:,.0f}" if spent.get(u) else NONE, sort=spent.get(u)) for u in units),
+            Cell(m, sort=m), *(Cell(_amount(spent.get(u)), sort=spent.get(u)) for u in units),
             *([Cell(percent(b := methods[m].get("budget_spent"), 0), sort=b)] if budget else []),
             Cell(number(mine.get("seconds")), sort=mine.get("seconds")),
             Cell(f"{memory / 2**30:.2f}" if finite(memory) and memory else NONE, sort=memory),
@@ -93,6 +93,12 @@ def cost(results: Result, name: str, task: Result) -> Section:
         said.append(f"{len(whole['reused'])} jobs were there already and did not run again.")
     how = "Means over runs: what training consumed is exact, seconds and memory depend on the machine."
     return Section("Cost", how, [Table("Cost of one run", columns, rows), *([Words(said)] if said else [])], name)
+
+
+def _amount(spent: Any) -> str:
+    if not finite(spent) or spent == 0:
+        return NONE
+    return f"{spent:,.0f}" if spent < 1e9 else f"{spent:.3g}"
 
 
 def _saved(saved: Result | None) -> list[str]:
@@ -198,15 +204,16 @@ def _options(options: Any) -> str:
 def failures(name: str, task: Result) -> Section | None:
     """Runs that failed and methods that could not be run, with their reasons; nobody is dropped."""
     blocks: list[Block] = []
-    if task["failed"]:
-        rows = [[Cell(job, sort=job), Cell(last_line(reason), raw=True)] for job, reason in task["failed"].items()]
-        blocks.append(Table("Failed", [Column("job", number=False), Column("reason", number=False)], rows))
-    none: dict[str, list[str]] = {}
-    for method, reason in task["not_applicable"].items():
-        none.setdefault(reason, []).append(method)
-    if none:
-        rows = [[Cell(", ".join(names)), Cell(reason, raw=True)] for reason, names in none.items()]
-        blocks.append(Table("Not applicable", [Column("methods", number=False), Column("reason", number=False)], rows))
+    for title, what, found in (
+        ("Failed", "jobs", {job: last_line(reason) for job, reason in task["failed"].items()}),
+        ("Not applicable", "methods", task["not_applicable"]),
+    ):
+        names: dict[str, list[str]] = {}
+        for name_of, reason in found.items():
+            names.setdefault(reason, []).append(name_of)
+        if names:
+            rows = [[Cell(", ".join(who)), Cell(reason, raw=True)] for reason, who in names.items()]
+            blocks.append(Table(title, [Column(what, number=False), Column("reason", number=False)], rows))
     if not blocks:
         return None
     how = "A failed run is counted, never dropped; the same command runs it again and keeps all others."

@@ -166,7 +166,7 @@ def pairs(results: Result, name: str, task: Result) -> Section | None:
     blocks: list[Block] = []
     if not large(results):
         blocks.append(_matrix(task))
-    blocks.append(_table(task, quiet=not large(results)))
+    blocks.append(_table(task))
     ratings = task.get("ratings") or {}
     if ratings.get("refused"):
         blocks.append(Words([f"No ratings: {ratings['refused']}"]))
@@ -231,7 +231,7 @@ def _negated(estimate: Result, one: float) -> Mapping[str, Any]:
     return {**estimate, "estimate": one - estimate["estimate"], "ci": ci}
 
 
-def _table(task: Result, *, quiet: bool) -> Table:
+def _table(task: Result) -> Table:
     decide = any(p.get("to_decide") for p in task["pairs"])
     flags = any(p.get("flag") for p in task["pairs"])
     columns = [
@@ -258,7 +258,7 @@ def _table(task: Result, *, quiet: bool) -> Table:
         ]
         for p in task["pairs"]
     ]  # fmt: skip
-    return Table(f"All {len(rows)} pairs", columns, rows, quiet=quiet, filtered=len(rows) > MANY)
+    return Table(f"All {len(rows)} pairs", columns, rows, quiet=True, filtered=len(rows) > MANY)
 
 
 def _decide(needed: Result | None) -> Cell:

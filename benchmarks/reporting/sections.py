@@ -170,9 +170,10 @@ def origin(results: Result) -> Section:
     seeds = {n: sorted({s for m in t["methods"].values() for s in m["seeds"]}) for n, t in results["tasks"].items()}
     said = [f"Seeds{f' of {n}' if len(seeds) > 1 else ''}: {', '.join(map(str, s))}." for n, s in seeds.items() if s]
     code = "\n".join([
-        f"{command} --out DIR   # finished cells are kept",
-        "prefzoo report DIR                # this page again",
-        "prefzoo report DIR --recompute    # every number again, from the stored rows, without a model",
+        "# all of it again; in the same DIR finished cells are kept",
+        command if "--out" in command else f"{command} --out DIR",
+        "# this page again; --recompute: every number first, from the stored rows, without a model",
+        "prefzoo report DIR",
     ])  # fmt: skip
     blocks: list[Block] = [Code(code, "bash", "Commands"), Words(said)] if said else [Code(code, "bash", "Commands")]
     if rows:

@@ -28,10 +28,9 @@ def terminal(results: Result, width: int = 120) -> str:
         paid = (results.get("cost") or {}).get("methods", {}).get(name, {})
         for place, method in enumerate(ranked(task), 1):
             x, mine = task["methods"][method], paid.get(method, {})
-            mean = words.value_cell(x["means"].get(task["metric"]))
             table.add_row(
                 *[str(place)] * many, method, _win(x, "start"), _win(x, "sft_more"),
-                f"{mean.text} [{mean.note.replace(' to ', ', ')}]" if mean.note else mean.text,
+                _mean(x["means"].get(task["metric"])),
                 *(words.value_cell(x["means"].get(c)).text for c in ("proxy", "kl", "tokens")),
                 words.number(mine.get("seconds")),
                 f"{mine['peak_memory'] / 2**30:.2f}" if mine.get("peak_memory") else NONE,
@@ -64,6 +63,12 @@ def _win(method: Result, baseline: str) -> str:
         return NONE
     cell = words.share_cell(win)
     return f"{cell.text} [{cell.note.replace(' to ', ', ')}]" if ends(win) else cell.text
+
+
+def _mean(estimate: Result | None) -> str:
+    """A mean and half its interval."""
+    cell, span = words.value_cell(estimate), ends(estimate)
+    return cell.text if span is None else f"{cell.text} ± {(half := (span[1] - span[0]) / 2):.{words.decimals(half)}f}"
 
 
 def counts(task: Result) -> str:

@@ -54,10 +54,10 @@ def digits(value: float) -> int:
 def decimals(half: float) -> int:
     """Decimals of a mean, by half the width of its interval: more of them would be noise.
 
-    >>> [decimals(x) for x in (0.0004, 0.02, 0.3, 4.0, 150.0)]
-    [4, 2, 2, 1, 0]
+    >>> [decimals(x) for x in (0.0004, 0.02, 0.3, 4.0, 150.0, 1e-9)]
+    [4, 2, 2, 1, 0, 2]
     """
-    return 0 if half >= 10 else 1 if half >= 1 else 2 if half >= 0.01 or half == 0 else 3 if half >= 0.001 else 4
+    return 0 if half >= 10 else 1 if half >= 1 else 2 if half >= 0.01 or half < 5e-5 else 3 if half >= 0.001 else 4
 
 
 def number(value: Any) -> str:
