@@ -16,12 +16,14 @@ import torch
 
 from prefzoo.benchmarks import statistics
 from prefzoo.data.formats import Dataset, convert, load_dataset, prompt_only
+from prefzoo.data.rows import is_dialogue
 from prefzoo.data.samples import Samples
 from prefzoo.data.tokens import encode_prompts, tokenise
 from prefzoo.feedback import ModelReward
 from prefzoo.generation import sample, texts
 from prefzoo.models.load import learn_tokenizer, load_policy, load_scorer, load_tokenizer, save_scorer, tiny_model
 from prefzoo.models.roles import Policy
+from prefzoo.models.tokenizer import prepare_tokenizer
 from prefzoo.registry import UsageError
 from prefzoo.rollout import Finish, Sampling
 from prefzoo.seeds import derive_seed, generator
@@ -310,6 +312,8 @@ def files_data(params: Params, inputs: Inputs, folder: Path) -> Facts:
             parts[part] = list(opened(given[part]).rows)
     if params["start"]["model"] in ("tiny", "small"):
         tokenizer = learn_tokenizer([t for row in parts["train"] for t in _texts_of(row)], given["vocabulary"])
+        if is_dialogue(whole.rows[0], whole.type):
+            prepare_tokenizer(tokenizer, chat_template="chatml")
         tokenizer.save_pretrained(str(folder / "tokenizer"))
     else:
         tokenizer = load_tokenizer(params["start"]["model"])

@@ -265,8 +265,8 @@ class Task(Section):
             raise ValueError("data.train: name a file, a folder or a hub id (prefzoo bench SUITE --data FILE)")
         if self.start.random and self.start.sft is None:
             raise ValueError(
-                f"start.model: {self.start.model!r} has random weights; fine-tune it (start.sft: {{max_steps: 300}}), or "
-                "give a model that is trained"
+                f"start.model: {self.start.model!r} has random weights; fine-tune it (start.sft: {{max_steps: 300}}), "
+                "or give a model that is trained"
             )
         names = [j.name for j in self.judges]
         for judge in self.judges:
