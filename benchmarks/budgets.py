@@ -76,6 +76,8 @@ def steps_of(
     budget: Budget, made: Algorithm, training: Mapping[str, Any], tokens: float, parameters: int
 ) -> int | None:
     """Steps that a budget of tokens or FLOPs is expected to last, for the decay of the learning rate; None: unknown."""
+    if not made.stages:
+        return None
     step = per_step(made, training, tokens)
     if budget.unit == "flops":
         step["flops"] = flops(step, parameters, REFERENCE in made.needs)
@@ -101,6 +103,8 @@ class Meter:
     def read(self, spent: Mapping[str, float]) -> dict[str, float]:
         """A run's ``spent`` with prompts and completions of data counted too, and FLOPs."""
         found = dict(spent)
+        if not self.made.stages:  # it answers otherwise and trains nothing
+            return found | {"completions": 0.0, "flops": 0.0}
         if not isinstance(self.made.stages[0].source, Rollouts):
             rows = self.training.get("rows_per_step", TrainConfig().rows_per_step)
             found["prompts"] = found["optimizer_steps"] * rows
@@ -110,6 +114,10 @@ class Meter:
 
     def reached(self, budget: Budget | None, spent: Mapping[str, float]) -> bool:
         """Whether the budget is spent."""
-        if budget is None or (budget.of == "rollouts" and not isinstance(self.made.stages[0].source, Rollouts)):
+        if (
+            budget is None
+            or not self.made.stages
+            or (budget.of == "rollouts" and not isinstance(self.made.stages[0].source, Rollouts))
+        ):
             return False
         return self.read(spent)[budget.unit] >= budget.amount

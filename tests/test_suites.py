@@ -289,6 +289,8 @@ def test_a_meter_reads_every_unit_and_says_when_it_is_spent() -> None:
     for unit, value in of_grpo.read(spent).items():
         assert of_grpo.reached(Budget.model_validate({"unit": unit, "amount": value}), spent)
         assert not of_grpo.reached(Budget.model_validate({"unit": unit, "amount": value * 1.001}), spent)
+    nothing = Meter(prefzoo.create_algorithm("best_of_n"), {}, 1000)
+    assert nothing.read({"prompts": 0.0})["flops"] == 0 and not nothing.reached(Budget(unit="flops", amount=1), spent)
     rollouts = Budget(unit="prompts", amount=1, of="rollouts")
     assert of_grpo.reached(rollouts, spent) and not of_dpo.reached(rollouts, spent)
 
