@@ -29,7 +29,7 @@ HOSTILE = (
 
 def finished(folder: Path, **changes: Any) -> dict[str, Any]:
     """A study with curves, a failed run and a lost method, collected; its results."""
-    made = studies.suite("dpo", "ipo", "kto", "ppo", "grpo", start={"sft": {"max_steps": 1}}, **changes)
+    made = studies.suite("dpo", "ipo", "kto", "ppo", "grpo", **changes)
     planned, outcomes = studies.study(
         made, folder, effects={"dpo": 0.8, "ipo": 0.3, "kto": 0.7, "ppo": 0.2},
         failed=["requests/ipo/1", *(f"requests/grpo/{seed}" for seed in range(made.seeds))],

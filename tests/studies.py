@@ -20,7 +20,13 @@ WORDS = np.array(["lamp", "milk", "rope", "salt", "tea", "wine", "corn", "fish"]
 def suite(*methods: Any, **changes: Any) -> Suite:
     """A suite of the world of requests."""
     given = {"name": "made up", "world": {"name": "requests"}, "algorithms": list(methods) or ["dpo", "ipo", "kto"]}
-    given |= {"seeds": 3, "test_prompts": 60, "decoding": {"samples": 2, "max_new_tokens": 8}, **changes}
+    given |= {
+        "start": {"sft": {"max_steps": 1}},
+        "seeds": 3,
+        "test_prompts": 60,
+        "decoding": {"samples": 2, "max_new_tokens": 8},
+        **changes,
+    }
     return Suite.model_validate(given)
 
 
