@@ -48,7 +48,8 @@ def of_task(task: Task, results: Mapping[str, Any]) -> list[str]:
     if not task["pairs"]:
         alone = [win_sentence(m, task) for m in ranking]
         return [*alone, *failures(task, results["seeds"]), *over_optimised(task)]
-    said = [*against_sft_more(task), *leader(task, ranking), *equivalent(task, results["margin"])]
+    said = [*nothing_told_apart(task), *against_sft_more(task), *leader(task, ranking)]
+    said += equivalent(task, results["margin"])
     return [*said, *undecided(task, ranking), *failures(task, results["seeds"]), *over_optimised(task)]
 
 
@@ -57,6 +58,17 @@ def ranked(task: Task) -> list[str]:
     wins = {m: found["win"]["estimate"] for m, found in task["methods"].items() if found["win"]}
     wins |= {task["reference"]: 0.5} if "reference" in task else {}
     return sorted(wins, key=lambda m: (-wins[m], m))
+
+
+def nothing_told_apart(task: Task) -> list[str]:
+    """Ties alone: a task that is too hard, or too easy, for every method."""
+    wins = [found["win"] for found in task["methods"].values() if found["win"]]
+    if not wins or any(w["estimate"] != 0.5 or w["se"] for w in wins):
+        return []
+    return [
+        f"The judge {task['metric']} called every answer a tie with the start's: it told nothing apart, and what "
+        "follows says nothing about the methods."
+    ]
 
 
 def against_sft_more(task: Task) -> list[str]:

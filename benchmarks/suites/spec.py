@@ -399,7 +399,7 @@ def read_suite(source: str | Path | Mapping[str, Any], changes: Mapping[str, Any
     """A suite from a YAML file or a mapping, with values changed by dotted keys (``start.model``); mistakes are told by
     the key at fault.
 
-    >>> suite = read_suite({"name": "mine", "world": {"name": "requests"}, "algorithms": ["dpo", "kto"]})
+    >>> suite = read_suite({"name": "mine", "like": "requests", "algorithms": ["dpo", "kto"]})
     >>> [m.name for m in suite.tasks[0].methods]
     ['start', 'dpo', 'kto', 'sft_more']
     """
