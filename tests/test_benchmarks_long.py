@@ -50,7 +50,10 @@ def test_permuted_labels_and_rewards_teach_nothing(tmp_path: Path) -> None:
     assert all(w.n_prompts == 256 for w in wins(task))
     reward_model = task["shared"]["reward_model"]
     assert abs(reward_model["accuracy_against_gold"] - 0.5) < 0.15, "it was trained on coins"
-    assert task["methods"]["grpo"]["spent"]["reward_calls"] > 0 and task["methods"]["dpo"]["means"]["kl"]["estimate"] > 0.05
+    assert (
+        task["methods"]["grpo"]["spent"]["reward_calls"] > 0
+        and task["methods"]["dpo"]["means"]["kl"]["estimate"] > 0.05
+    )
 
 
 def test_the_same_suite_with_true_labels_teaches_something(tmp_path: Path) -> None:
@@ -87,7 +90,9 @@ def test_real_human_preferences_end_to_end(data_dir: Path, tmp_path: Path) -> No
     assert data["rows"] + sum(data["dropped"].values()) == 2312 and sum(thirds) == data["rows"]
     assert min(thirds) > 650, "thirds of dialogues are about thirds of rows"
     assert accuracy["n"] == data["test"]["rows"] > 300
-    assert 0.4 < accuracy["ci"][0] < accuracy["estimate"] < accuracy["ci"][1] < 0.75, "a model this small is near a coin"
+    assert 0.4 < accuracy["ci"][0] < accuracy["estimate"] < accuracy["ci"][1] < 0.75, (
+        "a model this small is near a coin"
+    )
     assert accuracy["ci"][1] - accuracy["ci"][0] == pytest.approx(2 * 1.96 * np.sqrt(0.25 / accuracy["n"]), rel=0.03)
 
     turns = {}

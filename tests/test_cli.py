@@ -297,21 +297,44 @@ def test_bench_hands_its_options_over(command, monkeypatch, tmp_path):
     monkeypatch.setattr(prefzoo.benchmarks, "run", lambda suite, **given: calls.append((suite, given)), raising=False)
     assert command("bench", "quick")[0] == 0
     words = ("--data", "d.jsonl", "--algorithms", "dpo, kto", "--seeds", 3, "--out", tmp_path, "--workers", 2)
+    words += ("--executor", "ray", "--device", "auto", "-s", "start.model=tiny", "--set", "decoding.samples=2")
     assert command("bench", "pairs", *words, "--import", "a.py", "--import", "b.py")[0] == 0
-    nothing = {"algorithms": None, "seeds": None, "data": None, "imports": [], "workers": None}
-    assert calls[0] == ("quick", {"out": Path("runs/quick"), **nothing})
+    nothing = {"algorithms": None, "seeds": None, "data": None, "changes": {}, "imports": [], "workers": None}
+    assert calls[0] == ("quick", {"out": Path("runs/quick"), "executor": "workers", "device": "cpu", **nothing})
     assert calls[1] == (
         "pairs",
         {
-            "out": tmp_path, "algorithms": ["dpo", "kto"], "seeds": 3, "data": Path("d.jsonl"),
-            "imports": [Path("a.py"), Path("b.py")], "workers": 2,
+            "out": tmp_path, "algorithms": ["dpo", "kto"], "seeds": 3, "data": "d.jsonl", "workers": 2,
+            "changes": {"start.model": "tiny", "decoding.samples": 2}, "executor": "ray", "device": "auto",
+            "imports": [Path("a.py"), Path("b.py")],
         },
     )  # fmt: skip
 
 
+def test_a_mistake_in_a_suite_is_told_in_words_and_nothing_is_made(command, tmp_path):
+    (tmp_path / "mine.yaml").write_text("like: requests\nsedes: 3\nalgorithms: [dpo]")
+    code, out, err = command("bench", tmp_path / "mine.yaml", "--out", tmp_path / "out")
+    assert code != 0 and out == "" and "mine.yaml" in err and "no key 'sedes'; did you mean 'seeds'?" in err
+    assert "Traceback" not in err and not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_how_many_prompts_and_seeds_a_difference_needs(command, tmp_path):
+    code, out, _ = command("bench", "quick", "--plan", "--points", 5, "--out", tmp_path)
+    assert code == 0 and "no finished runs" in out and "5" in out and "prompts" in out and "seeds" in out
+    _, wide, _ = command("bench", "quick", "--plan", "--points", 5, "--seed-sd", 6, "--out", tmp_path)
+    assert "6 points, as given" in wide and wide.splitlines()[1:] != out.splitlines()[1:]
+
+
+def test_suites_are_listed(command):
+    code, out, _ = command("list", "suites", "--json")
+    assert code == 0 and json.loads(out) == prefzoo.benchmarks.list_suites()
+    assert command("list", "suites", "qu*")[1].count("quick") == 1
+
+
 def test_report(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(prefzoo.benchmarks, "report", lambda out: f"tables of {out}", raising=False)
-    assert command("report", tmp_path) == (0, f"tables of {tmp_path}\n", "")
+    monkeypatch.setattr(prefzoo.benchmarks, "report", lambda out, again: f"tables of {out}, {again}", raising=False)
+    assert command("report", tmp_path) == (0, f"tables of {tmp_path}, False\n", "")
+    assert command("report", tmp_path, "--recompute") == (0, f"tables of {tmp_path}, True\n", "")
 
 
 # ---- the pages name what there is
