@@ -114,10 +114,8 @@ class Meter:
 
     def reached(self, budget: Budget | None, spent: Mapping[str, float]) -> bool:
         """Whether the budget is spent."""
-        if (
-            budget is None
-            or not self.made.stages
-            or (budget.of == "rollouts" and not isinstance(self.made.stages[0].source, Rollouts))
-        ):
+        if budget is None or not self.made.stages:
+            return False
+        if budget.of == "rollouts" and not isinstance(self.made.stages[0].source, Rollouts):
             return False
         return self.read(spent)[budget.unit] >= budget.amount
