@@ -11,6 +11,7 @@ from prefzoo.benchmarks.reporting.page import Block, Cell, Column, Section, Tabl
 from prefzoo.benchmarks.reporting.words import (
     NONE,
     Result,
+    baselines,
     finite,
     last_line,
     number,
@@ -27,9 +28,10 @@ def lengths(name: str, task: Result) -> Section:
     controlled = any(methods[m].get("length_controlled") for m in order)
     alpaca = any((methods[m].get("length_controlled") or {}).get("alpaca_eval") for m in order)
     tax = any(methods[m].get("held_out") for m in order)
+    unit = "characters" if "reference" in task else "tokens"
     greedy = any(finite(methods[m].get("greedy")) for m in order)
     columns = [
-        Column("method", number=False), Column("tokens"), Column("× start"), Column("finished, %"),
+        Column("method", number=False), Column(unit), Column(f"× {baselines(task)[0]}"), Column("finished, %"),
         *([Column("raw win, %"), Column("length-controlled, %"), Column("weight of length")] if controlled else []),
         *([Column("AlpacaEval's number, %")] if alpaca else []),
         *(Column(k.replace("_", "-")) for k in kinds),
@@ -42,7 +44,7 @@ def lengths(name: str, task: Result) -> Section:
         length, lc = x.get("length") or {}, x.get("length_controlled") or {}
         ratio, weight = length.get("ratio"), lc.get("w_len", lc.get("length"))
         rows.append([
-            Cell(m, sort=m), value_cell(x["means"].get("tokens")),
+            Cell(m, sort=m), value_cell(x["means"].get(unit)),
             Cell(f"{ratio:.2f}" if finite(ratio) else NONE, sort=ratio),
             share_cell(x["means"].get("finished"), bar=False),
             *([share_cell(x.get("win"), bar=False), share_cell(lc or None, bar=False), value_cell(weight, plus=True)]
@@ -149,9 +151,10 @@ def judges(results: Result, name: str, task: Result) -> Section | None:
         ])  # fmt: skip
     blocks: list[Block] = [Table("Judges", columns, rows)]
     if len(found) > 1 and task["methods"]:
-        head = [Column("method", number=False), *(Column(f"{j}: win vs start, %") for j in found)]
+        base = baselines(task)[0]
+        head = [Column("method", number=False), *(Column(f"{j}: win vs {base}, %") for j in found)]
         order = [m for m in ranked(task) if task["methods"][m].get("judged")]
-        told = [[Cell(m, sort=m), *(share_cell((task["methods"][m]["judged"].get(j) or {}).get("start"), bar=False)
+        told = [[Cell(m, sort=m), *(share_cell((task["methods"][m]["judged"].get(j) or {}).get(base), bar=False)
                                     for j in found)] for m in order]  # fmt: skip
         blocks.append(Table("Win rates by every judge", head, told))
     unsure = {m: x["sensitivity"] for m, x in task["methods"].items() if x.get("sensitivity")}

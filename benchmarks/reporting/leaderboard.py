@@ -34,8 +34,9 @@ def large(results: Result) -> bool:
 def leaderboard(results: Result, name: str, task: Result) -> Section:
     """One row per method, best first; whoever failed in part is there, whoever failed whole is listed below."""
     methods, cost = task["methods"], (results.get("cost") or {}).get("methods", {}).get(name, {})
-    order, verdicts = ranked(task), against_more(task)
-    wins = [w for m in order for b in ("start", "sft_more") if (w := _win(methods[m], b))]
+    order, verdicts, bases = ranked(task), against_more(task), words.baselines(task)
+    trained, first = len(bases) > 1, "the start" if len(bases) > 1 else bases[0]
+    wins = [w for m in order for b in bases if (w := _win(methods[m], b))]
     scale = _scale(wins)
     many, metric = large(results), task["metric"]
     lc = any(methods[m].get("length_controlled") for m in order)
@@ -44,18 +45,22 @@ def leaderboard(results: Result, name: str, task: Result) -> Section:
     columns = [
         Column("method", number=False),
         *([Column("sees", "what training is told", number=False)] if many else []),
-        Column("win vs start, %", "share of answers better than the start's; ties count half", scale=scale),
-        Column("win vs sft_more, %", "against the start that was only trained longer", scale=scale),
-        Column("verdict vs sft_more", "by Holm over the family", number=False),
-        Column(metric, "mean score by the deciding judge" if not task["judges"].get(metric, {}).get("pairs") else ""),
-        *([Column("length-controlled win, %", "vs start, had the answers been equally long")] if lc else []),
+        Column(f"win vs {bases[0]}, %", f"share of answers better than those of {first}; ties count half", scale=scale),
         *(
-            [Column("rating", "Bradley-Terry on Elo's scale, the start is 1,000; over prompts, not runs")]
+            [Column("win vs sft_more, %", "against the start that was only trained longer", scale=scale)]
+            if trained
+            else []
+        ),
+        Column(f"verdict vs {bases[-1]}", "by Holm over the family", number=False),
+        Column(metric, "mean score by the deciding judge" if not task["judges"].get(metric, {}).get("pairs") else ""),
+        *([Column("length-controlled win, %", f"vs {bases[0]}, had the answers been equally long")] if lc else []),
+        *(
+            [Column("rating", f"Bradley-Terry on Elo's scale, {first} is 1,000; over prompts, not runs")]
             if rated
             else []
         ),
-        Column("KL, nats", "mean log-ratio of whole answers to the start"),
-        Column("tokens", "mean length of an answer, and times the start's"),
+        *([Column("KL, nats", "mean log-ratio of whole answers to the start")] if trained else []),
+        Column("tokens" if trained else "characters", f"mean length of an answer, and times that of {first}"),
         *([Column("failed runs")] if fails else []),
         *([Column("seconds", "of one run: training, answering, scoring")] if cost else []),
     ]
@@ -69,12 +74,12 @@ def leaderboard(results: Result, name: str, task: Result) -> Section:
         rows.append([
             Cell(m, f"place {place}" if many else "", sort=m, tip=_told(m, x)),
             *([Cell(str(x.get("sees") or NONE), sort=str(x.get("sees")))] if many else []),
-            *(share_cell(_win(x, b), tip=_rest(x, b)) for b in ("start", "sft_more")),
+            *(share_cell(_win(x, b), tip=_rest(x, b)) for b in bases),
             Cell(verdict or NONE, sort=verdict or None, tone=verdict),  # type: ignore[arg-type]
             value_cell(x["means"].get(metric)),
             *([share_cell(x.get("length_controlled"), bar=False)] if lc else []),
             *([value_cell(x.get("rating"))] if rated else []),
-            value_cell(x["means"].get("kl")),
+            *([value_cell(x["means"].get("kl"))] if trained else []),
             Cell(words.number(length.get("mean")), f"× {ratio:.2f}" if finite(ratio) else "", length.get("mean")),
             *([Cell(f"{x['failed_runs']} of {tried}", sort=x["failed_runs"], tone="worse" if x["failed_runs"] else "")]
               if fails else []),
@@ -84,7 +89,7 @@ def leaderboard(results: Result, name: str, task: Result) -> Section:
     lost = task.get("lost") or {}
     if lost:
         blocks.append(Words([f"All runs failed, so no numbers: {', '.join(lost)}."]))
-    if metric == "exact":
+    if metric == "exact" and trained:
         blocks.append(_gains(task, order))
     how = (
         f"Bars are 95 % intervals on one scale, the line is 50 %: a bar clear of it is a win or a loss against that "

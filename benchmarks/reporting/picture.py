@@ -8,7 +8,7 @@ from typing import Any
 
 from prefzoo.benchmarks.reporting import words
 from prefzoo.benchmarks.reporting.figures import learned
-from prefzoo.benchmarks.reporting.words import BASELINES, Result, ends, finite, ranked
+from prefzoo.benchmarks.reporting.words import BASELINES, Result, baselines, ends, finite, ranked
 from prefzoo.files import replacing_file
 
 BLUE, GREY, RED, INK = "#2459a8", "#8a8f98", "#b4520a", "#24262b"
@@ -57,7 +57,8 @@ def _label(text: str) -> str:
 
 def _wins(axis: Any, name: str, task: Result) -> None:
     """Win rates against the start; for a verifier, whose answers are right or wrong, the gain in accuracy."""
-    checked, base = task["metric"] == "exact", "start" if "start" in task["methods"] else "sft_more"
+    checked = task["metric"] == "exact"
+    base = next((b for b in baselines(task) if b in task["methods"]), "start")
     kind = "difference" if checked else "win"
     shown = [(m, x["against"][base][kind]) for m in ranked(task) if base in (x := task["methods"][m])["against"]]
     shown = [(m, v) for m, v in shown if v and finite(v.get("estimate"))]

@@ -22,14 +22,15 @@ def terminal(results: Result, width: int = 120) -> str:
         size = f"{task['test_prompts']} prompts × {task['samples']} answers"
         title = f"{results['suite']} / {name}   {size}   [{words.stamp(results)}]"
         table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
-        wins = ["method", "win vs start, %", "vs sft_more, %"]
+        bases = words.baselines(task)
+        wins = ["method", f"win vs {bases[0]}, %", *(f"vs {b}, %" for b in bases[1:])]
         for column in ["#"] * many + wins + [task["metric"], "proxy", "KL", "tokens", "seconds", "GiB"]:
             table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
         paid = (results.get("cost") or {}).get("methods", {}).get(name, {})
         for place, method in enumerate(ranked(task), 1):
             x, mine = task["methods"][method], paid.get(method, {})
             table.add_row(
-                *[str(place)] * many, method, _win(x, "start"), _win(x, "sft_more"),
+                *[str(place)] * many, method, *(_win(x, b) for b in bases),
                 _mean(x["means"].get(task["metric"])),
                 *(words.value_cell(x["means"].get(c)).text for c in ("proxy", "kl", "tokens")),
                 words.number(mine.get("seconds")),

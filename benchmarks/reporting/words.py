@@ -130,21 +130,27 @@ def signed(value: float, places: int = 2) -> str:
     return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
+def baselines(task: Result) -> tuple[str, ...]:
+    """What win rates are shown against: those of a suite, or the one model of a comparison."""
+    return (task["reference"],) if "reference" in task else BASELINES
+
+
 def ranked(task: Result) -> list[str]:
     """Methods by their win rate against the start, best first; the baselines last."""
 
     def order(name: str) -> tuple[bool, float, str]:
         win = (task["methods"][name].get("win") or {}).get("estimate")
-        return name in BASELINES, -win if finite(win) else 1.0, name
+        return name in baselines(task), -win if finite(win) else 1.0, name
 
     return sorted(task["methods"], key=order)
 
 
 def against_more(task: Result) -> dict[str, str]:
-    """Of each method the verdict against ``sft_more``, where the pair was judged."""
+    """Of each method the verdict against ``sft_more`` (of a comparison: its baseline), where the pair was judged."""
+    more = baselines(task)[-1]
     turned = {"better": "worse", "worse": "better"}
-    said = {p["a"]: p["verdict"] for p in task["pairs"] if p["b"] == "sft_more"}
-    return said | {p["b"]: turned.get(p["verdict"], p["verdict"]) for p in task["pairs"] if p["a"] == "sft_more"}
+    said = {p["a"]: p["verdict"] for p in task["pairs"] if p["b"] == more}
+    return said | {p["b"]: turned.get(p["verdict"], p["verdict"]) for p in task["pairs"] if p["a"] == more}
 
 
 def stamp(results: Result) -> str:
