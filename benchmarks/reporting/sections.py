@@ -28,7 +28,8 @@ def page(results: Result, folder: Path) -> Page:
         if task["methods"]:
             made += [
                 leaderboard(results, name, task), pairs(results, name, task), frontier(name, task),
-                proxy(name, task), curves(name, task), lengths(name, task), *([] if "reference" in task else [cost(results, name, task)]),
+                proxy(name, task), curves(name, task), lengths(name, task),
+                None if "reference" in task else cost(results, name, task),
             ]  # fmt: skip
         made += [judges(results, name, task), tuning(name, task), failures(name, task), answers(folder, name, task)]
     made += [configuration(results), origin(results)]

@@ -23,18 +23,20 @@ def terminal(results: Result, width: int = 120) -> str:
         title = f"{results['suite']} / {name}   {size}   [{words.stamp(results)}]"
         table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
         bases = words.baselines(task)
-        wins = ["method", f"win vs {bases[0]}, %", *(f"vs {b}, %" for b in bases[1:])]
-        for column in ["#"] * many + wins + [task["metric"], "proxy", "KL", "tokens", "seconds", "GiB"]:
-            table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+        trained = len(bases) > 1
+        wins = ["method", "win vs start, %", "vs sft_more, %"] if trained else ["model", "win vs the last, %"]
+        rest = ["proxy", "KL", "tokens", "seconds", "GiB"] if trained else ["characters"]
+        for column in ["#"] * many + wins + [task["metric"], *rest]:
+            table.add_column(column, justify="left" if column in ("method", "model") else "right", no_wrap=True)
         paid = (results.get("cost") or {}).get("methods", {}).get(name, {})
         for place, method in enumerate(ranked(task), 1):
             x, mine = task["methods"][method], paid.get(method, {})
             table.add_row(
                 *[str(place)] * many, method, *(_win(x, b) for b in bases),
                 _mean(x["means"].get(task["metric"])),
-                *(words.value_cell(x["means"].get(c)).text for c in ("proxy", "kl", "tokens")),
-                words.number(mine.get("seconds")),
-                f"{mine['peak_memory'] / 2**30:.2f}" if mine.get("peak_memory") else NONE,
+                *(words.value_cell(x["means"].get(c)).text for c in (("proxy", "kl", "tokens") if trained else rest)),
+                *((words.number(mine.get("seconds")),
+                   f"{mine['peak_memory'] / 2**30:.2f}" if mine.get("peak_memory") else NONE) if trained else ()),
             )  # fmt: skip
         console.print(table)
         if task["metric"] == "exact":
