@@ -90,7 +90,7 @@ def test_real_human_preferences_end_to_end(data_dir: Path, tmp_path: Path) -> No
     for part in ("train", "validation", "held_out", "test"):
         lines = next((tmp_path / "cells").glob("pairs-data-*")).joinpath(f"{part}.jsonl").read_text().split("\n")
         parts[part] = [json.loads(x)["prompt"] for x in lines if x]
-    assert len(parts["train"]) > len(parts["test"]) > 300 and len(parts["held_out"]) > 300
+    assert len(parts["train"]) > len(parts["test"]) > 200 and len(parts["held_out"]) > 200
     assert data["test"]["rows"] == len(parts["test"]) == judge["test_pairs"]
     assert 0.4 < judge["right_on_test_pairs"] < 0.75, "a model this small is near a coin"
     turns = {part: {p.split("\n\nAssistant:")[0] for p in prompts} for part, prompts in parts.items()}

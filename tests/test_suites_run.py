@@ -143,7 +143,8 @@ def test_every_seed_begins_from_its_own_start(study: SimpleNamespace) -> None:
     assert len(facts) == 2 and facts[0] != facts[1]
     data = sorted((study.folder / "cells").glob("requests-data-*/data.jsonl"))
     first, second = ([json.loads(line) for line in f.read_text().split("\n") if line] for f in data)
-    assert {r["prompt"] for r in first} == {r["prompt"] for r in second}
+    asked = [{r["prompt"] for r in rows} for rows in (first, second)]
+    assert len(asked[0] & asked[1]) > 0.7 * len(asked[0] | asked[1]), "the same prompts, but for answers that were cut"
     assert {r["chosen"] for r in first} != {r["chosen"] for r in second}, "answers of another model"
     said = json.dumps(study.results["verdict"])
     assert "start_seeds varies them" not in said, "it was varied"
