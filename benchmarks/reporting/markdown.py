@@ -21,8 +21,8 @@ def escaped(text: str) -> str:
     line = escape(line, quote=False)
     line = re.sub(r"[|$~^]", _entity, line)
     line = re.sub(r":(?=//)|(?<=www)\.|@", _entity, line, flags=re.I)  # nor does an address become a link
-    line = re.sub(r"^[#+=:-]", _entity, line)
-    return re.sub(r"^(\d+)([.)])", lambda found: f"{found[1]}&#{ord(found[2])};", line)
+    line = re.sub(r"^(?:[#=:]|[+-](?=[\s+-]|$))", _entity, line)
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", lambda found: f"{found[1]}&#{ord(found[2])};", line)
 
 
 def _entity(found: re.Match[str]) -> str:
