@@ -92,7 +92,9 @@ def test_real_human_preferences_end_to_end(data_dir: Path, tmp_path: Path) -> No
         parts[part] = [json.loads(x)["prompt"] for x in lines if x]
     assert len(parts["train"]) > len(parts["test"]) > 200 and len(parts["held_out"]) > 200
     assert data["test"]["rows"] == len(parts["test"]) == judge["test_pairs"]
-    assert 0.4 < judge["right_on_test_pairs"] < 0.75, "a model this small is near a coin"
+    rows = [data[part]["rows"] + data[part]["prompt too long"] for part in parts]
+    assert data["rows"] + sum(data["dropped"].values()) == 2312 and sum(rows) == data["rows"]
+    assert 0.4 < judge["right_on_test_pairs"] / judge["test_pairs"] < 0.75, "a model this small is near a coin"
     turns = {part: {p.split("\n\nAssistant:")[0] for p in prompts} for part, prompts in parts.items()}
     for one, other in itertools.combinations(turns, 2):
         assert not turns[one] & turns[other], (one, other)
