@@ -64,7 +64,10 @@ def get_suite(name: str | Path, changes: Mapping[str, Any] | None = None) -> Sui
         suite: Suite = SUITES.entry(str(name)).function()
         if not changes:
             return suite
-        inside = {k if k.split(".")[0] in Suite.model_fields else f"tasks.0.{k}": v for k, v in changes.items()}
+        ours = {*Suite.model_fields, "vary"}  # but budget.amount is of the task's budget, which is no text
+        inside = {
+            k if k.split(".")[0] in ours and k[:7] != "budget." else f"tasks.0.{k}": v for k, v in changes.items()
+        }
         return read_suite(suite.model_dump(exclude_unset=True), inside)
     if file.exists():
         return read_suite(file, changes)
