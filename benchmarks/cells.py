@@ -20,7 +20,7 @@ import torch
 
 from prefzoo.algorithm import create_algorithm
 from prefzoo.benchmarks.budgets import Meter, steps_of
-from prefzoo.benchmarks.judging import Answers, JudgeSpec, ScoreJudge, make_judge
+from prefzoo.benchmarks.judging import Answers, JudgeSpec, PairJudge, ScoreJudge, make_judge
 from prefzoo.benchmarks.materials import (
     SEPARATOR,
     Facts,
@@ -120,13 +120,14 @@ def judgement(params: Params, inputs: Inputs, folder: Path) -> Facts:
             pq.write_table(pa.table({**places(rows, found.per_prompt), spec.name: scores}), folder / f"{name}.parquet")
         return {}
     judge = make_judge(spec, world=open_world(params), tokenizer=tokenizer, inputs=inputs, cache=cache, device=device())
+    assert isinstance(judge, PairJudge)
     tables, spent = [], {}
     for baseline in params["against"]:
         theirs = stored(inputs[f"against:{baseline}"] / "rows.parquet", rows, tokenizer)
-        found = judge.compare(mine, theirs)
+        said = judge.compare(mine, theirs)
         columns = {**places(rows, mine.per_prompt), "against": [baseline] * len(mine.texts)}
-        tables.append(pa.table({**columns, "forward": found.forward_B, "backward": found.backward_B}))
-        spent[baseline] = found.spent
+        tables.append(pa.table({**columns, "forward": said.forward_B, "backward": said.backward_B}))
+        spent[baseline] = said.spent
     pq.write_table(pa.concat_tables(tables), folder / "judgements.parquet")
     return {"judging": spent}
 
@@ -365,7 +366,7 @@ def stored(file: Path, rows: Rows, tokenizer: Any) -> Answers:
     samples = Samples(
         "completions", Ragged.of(encode_prompts(tokenizer, [r["prompt"] for r in rows])), ids,
         np.asarray(table["prompt"]), extra={k: [r.get(k) for r in rows] for k in rows[0]},
-        columns={"finish": np.where(flags, Finish.STOP, Finish.LENGTH)},
+        columns={"finish": torch.from_numpy(np.where(flags, Finish.STOP, Finish.LENGTH))},
     )  # fmt: skip
     return Answers(
         rows=rows, per_prompt=len(table) // len(rows), samples=samples, texts=table["completion"].to_pylist(),

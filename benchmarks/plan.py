@@ -136,8 +136,9 @@ def _shared(made: Plan, suite: Suite, task: Task, index: int) -> dict[str, str]:
         job("start", "files_start", {**files, "start": start}, ("data",), weight=500,
             sources=sft | _model_hash(task.start.model))  # fmt: skip
         parts = {"reward_model": "train", **({"held_out": "held_out"} if held_out else {})}
-        for artifact, part in parts.items() if isinstance(model, Mapping) else ():
-            params = {**files, "part": part, "reward_model": dict(model)}
+        trained = dict(model) if isinstance(model, Mapping) else None
+        for artifact, part in parts.items() if trained is not None else ():
+            params = {**files, "part": part, "reward_model": trained}
             job(artifact, "files_reward_model", params, ("data", "start"), weight=400, sources=reward)
     if isinstance(model, str):
         job("reward_model", "given_reward_model", {"model": _absolute(model)}, sources=_model_hash(model))
@@ -207,7 +208,7 @@ def _judged(
 ) -> None:
     """The jobs of one judge for all cells of a seed."""
     given = _cell(suite, task, Method(name="start"), seed)
-    params = {k: given[k] for k in ("world", "test_prompts", "max_length", "start_seed") if k in given}
+    params: dict[str, Any] = {k: given[k] for k in ("world", "test_prompts", "max_length", "start_seed") if k in given}
     for name, cell in cells.items():
         against = [b for b in task.baselines if b in cells and b != name] if judge.pairs else []
         if judge.pairs and not against:

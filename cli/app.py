@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -393,7 +393,12 @@ def bench(
 
     chosen = None if algorithms is None else [a.strip() for a in algorithms.split(",") if a.strip()]
     folder = out or Path("runs") / Path(suite).stem
-    asked = {"algorithms": chosen, "seeds": seeds, "data": data, "changes": read_settings(settings or [])}
+    asked: dict[str, Any] = {
+        "algorithms": chosen,
+        "seeds": seeds,
+        "data": data,
+        "changes": read_settings(settings or []),
+    }
     if dry_run:
         return command.dry_run(suite, folder, workers, imports, **asked)
     if plan:

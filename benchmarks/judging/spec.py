@@ -170,9 +170,13 @@ class JudgeSpec(_Section):
     def in_key(self) -> dict[str, Any]:
         """What its judgements depend on: not how an endpoint is reached."""
         found = self.model_dump(mode="json")
-        transport = ("key_env", "timeout", "retries", "concurrency", "max_calls", "max_cost", "price_per_million")
-        if self.kind == "llm":
-            found["value"] = {k: v for k, v in found["value"].items() if k not in transport}
+        value = found["value"]
+        asked = (
+            [value] if self.kind == "llm" else [a["llm"] for a in value["pool"]] if self.kind == "annotators" else []
+        )
+        for llm in filter(None, asked):
+            for name in ("key_env", "timeout", "retries", "concurrency", "max_calls", "max_cost", "price_per_million"):
+                del llm[name]
         return found
 
     def _default_name(self) -> str:

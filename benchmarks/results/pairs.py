@@ -129,6 +129,6 @@ def _flag(gap: statistics.Difference, runs: int, planned: int) -> str | None:
         found.append(f"on the {runs} of {planned} seeds that both finished")
     if gap.this_run_only and planned > 1:
         found.append("one run only")
-    if gap.bootstrap_disagrees:
+    if gap.bootstrap_disagrees and gap.bootstrap_se is not None:
         found.append(f"the bootstrap's error is {gap.bootstrap_se / gap.se:.2f} times this one")
     return "; ".join(found) or None

@@ -224,7 +224,7 @@ class Task(Section):
     feedback: Feedback = Feedback()
     judges: tuple[JudgeSpec, ...] = ()
     algorithms: tuple[Method, ...] = ()
-    baselines: tuple[Literal["start", "sft_more"], ...] = BASELINES
+    baselines: tuple[Literal["start", "sft_more"], ...] = ("start", "sft_more")
     recipes: Mapping[str, Options] = {}
     options: Options = {}
     decoding: Decoding = Decoding()
