@@ -130,7 +130,7 @@ def _claim(folder: Path, suite: Suite) -> None:
             )
         if form > FORMAT:
             raise UsageError(
-                f"{str(folder)!r} was written by prefzoo {found.get('prefzoo')}, which is newer than this one, "
+                f"{str(folder)!r} has format {form}, of a newer prefzoo ({found.get('prefzoo')}) than this one, "
                 f"{prefzoo.__version__}. Nothing was changed; use that version, or another folder (--out)."
             )
     elif (folder / "results.json").exists():

@@ -177,7 +177,8 @@ def pairs(results: Result, name: str, task: Result) -> Section | None:
         blocks.append(Words([f"No ratings: {ratings['refused']}"]))
     elif ratings.get("fit"):
         fit = ratings["fit"]
-        told = ", ".join(f"{k} {words.number(v)}" for k, v in fit.items() if finite(v))
+        shown = ((k, words.p_words(v) if k == "p" else words.number(v)) for k, v in fit.items() if finite(v))
+        told = ", ".join(f"{k} {v}" for k, v in shown)
         blocks.append(Words([f"How well one rating per method explains all pairs (Bradley-Terry): {told}."]))
     return Section("Who beats whom", how, blocks, name)
 
