@@ -305,8 +305,11 @@ def test_everything_that_applies_trains(tmp_path: Path) -> None:
     smallest = everything.but(
         world=everything.world.but(**{**WORLD, "prompts": 64}),
         algorithms=tuple(m.but(options={**m.options, "max_steps": 2}) for m in everything.algorithms),
-        start=everything.start.but(**SMALL["start"]), sft_more={**everything.sft_more, "tokens": 1_000},
-        feedback=everything.feedback.but(**SMALL["feedback"], teacher_rounds=1),
+        start=everything.start.but(sft={**everything.start.sft, **SMALL["start"]["sft"]}),
+        sft_more={**everything.sft_more, "tokens": 1_000},
+        feedback=everything.feedback.but(
+            reward_model={**everything.feedback.reward_model, "epochs": 1}, teacher_rounds=1
+        ),
         decoding=everything.decoding.but(samples=1),
         budget=everything.budget.but(per_step=32, amount=64),
     )  # fmt: skip
