@@ -24,7 +24,8 @@ def fitted(
     """Options and training of a method at a budget whose steps can be counted beforehand: prompts, completions,
     optimizer steps. The other units end runs (:class:`Meter`); their steps are estimated by :func:`steps_of`.
 
-    What a method or its recipe says itself (``max_steps``) is kept.
+    What a method says itself (``max_steps``) is kept. What the task's recipe says gives way, for it would leave some
+    methods with less than the budget; a budget of seconds keeps it, as a bound.
     """
     assert method.algorithm is not None
     made = create_algorithm(method.algorithm, **options)
@@ -42,11 +43,13 @@ def fitted(
             if name in known and name not in own:
                 options = {**options, name: max(1, completions // each)}
         made = create_algorithm(method.algorithm, **options)
-    step = per_step(made, training, 0.0)
-    if budget.unit not in step or not step[budget.unit]:
+    if method.split_options[1].get("max_steps") is not None or budget.unit == "seconds":
         return options, training
-    counted = max(1, round(budget.amount / step[budget.unit]))
-    return options, {**training, "max_steps": training.get("max_steps") or counted}
+    training = {k: v for k, v in training.items() if k != "max_steps"}
+    step = per_step(made, training, 0.0)
+    if not step.get(budget.unit):
+        return options, training
+    return options, {**training, "max_steps": max(1, round(budget.amount / step[budget.unit]))}
 
 
 def completions_each(made: Algorithm) -> int:

@@ -164,7 +164,7 @@ def trained(params: Params, inputs: Inputs, folder: Path, start: Policy, tokeniz
     parameters = sum(p.numel() for p in start.parameters())
     meter = Meter(made, training, parameters)
     budget = None if params["budget"] is None else Budget.model_validate(params["budget"])
-    if budget is not None and "max_steps" not in training:
+    if budget is not None and training.get("max_steps") is None:
         tokens = json.loads((inputs["data"] / "facts.json").read_text()).get(
             "answer_tokens", params["max_new_tokens"] / 2
         )
@@ -189,7 +189,7 @@ def trained(params: Params, inputs: Inputs, folder: Path, start: Policy, tokeniz
         training["logging_steps"] = 1  # where a run may end
     going = steps(
         method["algorithm"], dataset=training_data(params, inputs, folder, made.data), callback=[scored, is_spent],
-        **common, **training, **options,
+        **(common | training), **options,
     )  # fmt: skip
     with going.stopping, going:
         for _ in going:
@@ -241,7 +241,9 @@ def sft_more(params: Params, inputs: Inputs, common: dict[str, Any], tokenizer: 
         for name, folder in inputs.items()
         if name.startswith("cell:")
     ]
-    tokens = training.pop("tokens", None) or max(counts)
+    tokens = training.pop("tokens", None) or max(counts, default=0)
+    if not tokens:
+        raise RuntimeError("no other method of this seed has trained on any token, so there is no count to match.")
     world, rows_per_step = open_world(params), training["rows_per_step"]
     if world is not None:
         few = world.demonstrations(1000, skip=params["demonstrations"])
@@ -252,8 +254,8 @@ def sft_more(params: Params, inputs: Inputs, common: dict[str, Any], tokenizer: 
         chosen, _ = tokenise(data, tokenizer, "completions", max_length=params["max_length"])
         mean = chosen.completions.lengths.mean()
     run = train(
-        "sft", dataset=data, max_steps=math.ceil(tokens / (mean * rows_per_step)), logging_steps=50, **common,
-        **training,
+        "sft", dataset=data, max_steps=math.ceil(tokens / (mean * rows_per_step)), logging_steps=50, 
+        **(common | training),
     )  # fmt: skip
     assert run.policy is not None
     cost = {k: v for k, v in run.spent.to_dict().items() if k != "seconds"}

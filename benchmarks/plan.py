@@ -209,6 +209,8 @@ def _judged(
     """The jobs of one judge for all cells of a seed."""
     given = _cell(suite, task, Method(name="start"), seed)
     params: dict[str, Any] = {k: given[k] for k in ("world", "test_prompts", "max_length", "start_seed") if k in given}
+    if judge.kind == "annotators" and task.world is not None:  # as strong and as noisy as those of the labels
+        params["world"] = {**params["world"], "annotators": task.world.annotators()}
     for name, cell in cells.items():
         against = [b for b in task.baselines if b in cells and b != name] if judge.pairs else []
         if judge.pairs and not against:

@@ -93,7 +93,7 @@ def test_the_budget_may_be_left_to_the_method() -> None:
     budget = {"unit": "completions", "amount": 640, "per_step": 64}
     stated = task("requests", "dpo", budget=budget)
     options, training = stated.resolve(Method(algorithm="grpo", options={"group_size": 4}))
-    assert (options["prompts_per_step"], training["max_steps"]) == (16, 40), "the recipe's steps win"
+    assert (options["prompts_per_step"], training["max_steps"]) == (16, 10), "the recipe's 40 steps give way"
     left = stated.but(recipes={"rollouts": {}})
     assert left.resolve(Method(algorithm="grpo", options={"group_size": 4}))[1] == {"max_steps": 10}
     options, training = left.resolve(Method(algorithm="grpo", options={"prompts_per_step": 2, "group_size": 4}))

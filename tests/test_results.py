@@ -202,7 +202,7 @@ def test_both_orders_count_and_what_is_not_parsed_is_a_half(tmp_path):
 
 
 def test_a_later_judge_scores_the_same_answers(tmp_path):
-    results = results_of(tmp_path, suite(judges=["gold", "held_out"]))
+    results = results_of(tmp_path, suite(judges=["gold", {"rule": "length", "name": "held_out"}]))
     found = task_of(results)["methods"]["kto"]
     assert found["means"]["held_out"]["estimate"] == pytest.approx(scores(tmp_path, "kto", "held_out").mean())
     assert set(found["judged"]) == {"gold", "held_out"} and found["judged"]["held_out"]["start"]["estimate"] > 0.6

@@ -364,3 +364,44 @@ def test_results_of_an_older_version_are_kept_aside(
     benchmarks.run(read_suite(FLAT), out=tmp_path)
     assert (tmp_path / "results.of-another-version.json").read_text() == '{"old": 1}'
     assert "older prefzoo" in capsys.readouterr().err and not (tmp_path / "results.json").exists()
+
+
+# ---- what methods, judges and budgets may not say
+
+
+@pytest.mark.parametrize("unit, amount, steps", [("optimizer_steps", 7, 7), ("prompts", 64, 2), ("flops", 1e12, None)])
+def test_a_stated_budget_wins_over_the_steps_of_a_recipe(unit: str, amount: float, steps: int | None) -> None:
+    """The ready recipe of rollouts says 40 steps; a method that says its own steps keeps them."""
+    grpo, own = Method(algorithm="grpo"), Method(name="own", algorithm="grpo", options={"max_steps": 3})
+    limited = task("requests", grpo, own, budget={"unit": unit, "amount": amount})
+    assert task("requests", grpo).resolve(grpo)[1]["max_steps"] == 40
+    assert limited.resolve(grpo)[1].get("max_steps") == steps
+    assert limited.resolve(own)[1]["max_steps"] == 3
+
+
+def test_annotators_who_judge_are_as_strong_as_those_who_labelled() -> None:
+    jobs = plan(get_suite("sycophancy")).jobs
+    judging = [j for j in jobs if j.role == "judgement"]
+    [data] = [j for j in jobs if j.name.endswith("/data")]
+    assert judging and all(j.params["world"]["annotators"] == data.params["world"]["annotators"] for j in judging)
+    assert data.params["world"]["annotators"]["strength"] == 3.0
+
+
+@pytest.mark.parametrize(
+    "judges, feedback, words",
+    [
+        (["held_out"], {}, "data that no method sees"),
+        (["gold", "reward_model"], {"reward_model": None}, "is the proxy, and the task has none"),
+    ],
+)
+def test_a_judge_that_cannot_be_had_is_refused_before_anything_runs(
+    judges: list[str], feedback: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        task("requests", "dpo", judges=judges, feedback=feedback)
+
+
+def test_a_method_cannot_choose_its_seed() -> None:
+    """All of its runs would be the same one."""
+    with pytest.raises(ValueError, match="seed is the suite's to decide"):
+        task("requests", {"algorithm": "dpo", "options": {"seed": 3}})

@@ -43,10 +43,8 @@ def make_judge(
     from prefzoo.benchmarks.judging import pairs, people, scores
 
     value = spec.value
-    if spec.kind in ("gold", "exact") or isinstance(value, Annotators):
-        worldly = spec.kind in ("gold", "exact") or any(a.llm is None for a in value.pool)  # type: ignore[union-attr]
-        if worldly and world is None:
-            raise UsageError(f"judge {spec.name!r} knows the truth of an embedded world, and this task has none.")
+    if spec.worldly and world is None:
+        raise UsageError(f"judge {spec.name!r} knows the truth of an embedded world, and this task has none.")
     if isinstance(value, Annotators):
         members = tuple(None if a.llm is None else pairs.LlmJudge(a.llm, cache, device) for a in value.pool)
         return pairs.PoolJudge(value, world, members)

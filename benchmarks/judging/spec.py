@@ -153,6 +153,12 @@ class JudgeSpec(_Section):
         return self.kind in ("llm", "annotators", "human")
 
     @property
+    def worldly(self) -> bool:
+        """Whether it needs the truth of an embedded world."""
+        pool = self.value.pool if isinstance(self.value, Annotators) else ()
+        return self.kind in ("gold", "exact") or any(a.llm is None for a in pool)
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Artifacts of the suite that it reads."""
         return (self.kind,) if self.kind in ("reward_model", "held_out") and self.value is None else ()

@@ -26,6 +26,7 @@ from prefzoo.yaml_numbers import read_yaml
 Options = Mapping[str, Any]
 Unit = Literal["prompts", "completions", "generated_tokens", "trained_tokens", "optimizer_steps", "flops", "seconds"]
 BASELINES = ("start", "sft_more")
+OF_THE_SUITE = {"seed": "seeds, or first_seed", "cache_dir": "--out"}  # options of training that a suite decides
 COLUMNS = ("gold", "exact", "proxy", "kl", "tokens", "finished", "prompt", "sample", "cluster", "seed", "run", "method")
 NAME = re.compile(r"[\w.+=,@ -]+")  # names of methods and tasks are parts of file names
 
@@ -272,6 +273,8 @@ class Task(Section):
         for judge in self.judges:
             if names.count(judge.name) > 1:
                 raise ValueError(f"judges: two are called {judge.name!r}; give one another name: {{..., name: other}}")
+            if (why := self._cannot_judge(judge)) is not None:
+                raise ValueError(f"judges: {judge.name!r} {why}")
             if judge.name in COLUMNS and judge.name != judge.kind and not judge.builtin:
                 raise ValueError(f"judges: {judge.name!r} is a column of the answers; give the judge another name")
         seen: set[str] = set()
@@ -281,8 +284,20 @@ class Task(Section):
             seen.add(method.name)
             assert method.algorithm is not None
             algorithm_entry(method.algorithm)
-            method.split_options  # noqa: B018
+            for option in {*method.split_options[1], *(method.search or ())} & set(OF_THE_SUITE):
+                raise ValueError(f"method {method.name!r}: {option} is the suite's to decide ({OF_THE_SUITE[option]})")
         return self
+
+    def _cannot_judge(self, judge: JudgeSpec) -> str | None:
+        """What a judge lacks in this task."""
+        told = self.feedback.reward_model
+        if self.world is None and judge.worldly:
+            return "knows the truth of an embedded world, and the task has data"
+        if "reward_model" in judge.needs and told is None:
+            return "is the proxy, and the task has none (feedback.reward_model)"
+        if "held_out" in judge.needs and (self.data is None or not isinstance(told, Mapping)):
+            return "is trained on data that no method sees: it needs data, and how (feedback.reward_model: {...})"
+        return None
 
     @property
     def kind(self) -> str:
