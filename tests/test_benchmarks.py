@@ -23,7 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from scipy import stats
+from transformers import AutoModelForCausalLM
 
 import prefzoo
 import prefzoo.worlds
@@ -33,7 +35,9 @@ from prefzoo.benchmarks import jobs, materials, runner, statistics, suites
 from prefzoo.benchmarks.jobs import Job, Outcome, keys_of, run_jobs
 from prefzoo.benchmarks.plan import plan
 from prefzoo.benchmarks.suites import SUITES, Method, Suite, Task
+from prefzoo.data.tokens import encode_prompts
 from prefzoo.losses import LOSSES
+from prefzoo.models.load import load_tokenizer
 from prefzoo.registry import UsageError, with_helpers
 from prefzoo.source import OUTSIDE
 
@@ -366,6 +370,35 @@ def test_scores_in_the_rows_are_those_of_their_texts(finished: Finished) -> None
         ):
             assert getattr(world, column)(asked[prompt], words, bool(ended)) == score
         assert abs(rows["kl"][rows["method"] == "start"].astype(float)).max() < 1e-4
+
+
+def log_prob(model: Any, asked: list[int], said: list[int]) -> float:
+    """By the library's own forward pass, one sequence alone."""
+    with torch.no_grad():
+        logps = model(torch.tensor([asked + said])).logits[0].log_softmax(-1)
+    return float(sum(logps[len(asked) + i - 1, token] for i, token in enumerate(said)))
+
+
+def test_kl_and_the_likelihood_of_demonstrations_are_those_of_the_models(finished: Finished) -> None:
+    cells = finished.folder / "cells"
+    folders = {m: next(cells.glob(f"requests-{m}*/run/final")) for m in ("start-", "dpo-0")}
+    start, dpo = (AutoModelForCausalLM.from_pretrained(f).eval() for f in folders.values())
+    tokenizer = load_tokenizer(folders["start-"])
+    rows = pq.read_table(folders["dpo-0"].parent.parent / "rows.parquet").to_pylist()
+    for row in rows[:6]:
+        asked, said = encode_prompts(tokenizer, [row["prompt_text"]])[0], row["completion_ids"]
+        ratio = log_prob(dpo, list(asked), said) - log_prob(start, list(asked), said)
+        assert row["kl"] == pytest.approx(ratio, abs=1e-4) and abs(ratio) > 1e-6
+    held = pq.read_table(next(cells.glob("requests-start-0-*")) / "held_out.parquet").to_pydict()
+    per_token = np.array(held["nll"]) / np.array(held["tokens"])
+    assert len(per_token) == 256 and 0 < per_token.mean() < np.log(len(tokenizer)), "better than guessing"
+
+
+def test_sft_more_has_the_largest_count_of_the_others(finished: Finished) -> None:
+    spent = {m: f["spent"]["trained_tokens"] for m, f in finished.results["tasks"]["requests"]["methods"].items()
+             if m in ("dpo", "grpo")}  # fmt: skip
+    facts = json.loads(next((finished.folder / "cells").glob("requests-sft_more-0-*/facts.json")).read_text())
+    assert facts["matched_tokens"] == max(spent.values()) > min(spent.values())
 
 
 def test_the_start_ties_with_itself(finished: Finished) -> None:

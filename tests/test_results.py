@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 from studies import study, suite
 
-from prefzoo.benchmarks.results import collect, recompute
+from prefzoo.benchmarks.results import collect, recompute, tables_of
 from prefzoo.benchmarks.results.frontier import curve
 from prefzoo.benchmarks.results.stored import Runs, Stored
 from prefzoo.benchmarks.statistics.sequel import to_decide
@@ -456,3 +456,12 @@ def test_a_study_of_that_size_decides_in_four_of_five():
     )  # of the means of runs: no prompt effect
     power = (stats.ttest_1samp(runs, 0, axis=1).pvalue < 0.05).mean()
     assert 0.65 < power < 0.95
+
+
+def test_a_later_study_is_planned_on_the_wins_of_trained_methods(tmp_path):
+    results = results_of(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    tables, methods = tables_of(tmp_path), task_of(results)["methods"]
+    assert set(tables) == set(methods) - {"start", "sft_more"}
+    for name, y_SN in tables.items():
+        assert y_SN.shape == (3, 60) and y_SN.mean() == pytest.approx(methods[name]["win"]["estimate"])

@@ -405,3 +405,9 @@ def test_a_method_cannot_choose_its_seed() -> None:
     """All of its runs would be the same one."""
     with pytest.raises(ValueError, match="seed is the suite's to decide"):
         task("requests", {"algorithm": "dpo", "options": {"seed": 3}})
+
+
+def test_two_names_of_one_method_are_trained_with_seeds_of_their_own() -> None:
+    seeds = {j.name: j.params["seed"] for j in plan(get_suite("null")).jobs if j.role == "cell"}
+    once, again = ([seeds[f"requests/dpo {which}/{s}"] for s in range(5)] for which in ("once", "again"))
+    assert once == [0, 1, 2, 3, 4] and again == [1000, 1001, 1002, 1003, 1004]

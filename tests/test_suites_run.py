@@ -118,6 +118,23 @@ def test_the_choice_is_by_validation_and_the_failed_trial_is_not_missed(study: S
     assert list(study.task["tuning"]["methods"]) == ["dpo"], "neither baselines nor controls are tuned"
 
 
+def test_a_cell_is_run_with_what_was_chosen(study: SimpleNamespace, tmp_path: Path) -> None:
+    """Options of the algorithm and of its training, over those that are written."""
+    planned = plan(study.suite)
+    job = next(j for j in planned.jobs if j.name == "requests/dpo/0")
+    keys = keys_of(planned.jobs)
+    place = {n: study.folder / "cells" / f"{j.replace('/', '-')}-{keys[j]}" for n, j in job.needs.items()}
+    place["choice"] = tmp_path / "choice"
+    place["choice"].mkdir()
+    chosen = {"options": {"beta": 0.3, "learning_rate": 7e-4}}
+    (place["choice"] / "facts.json").write_text(json.dumps(chosen))
+    (tmp_path / "cells" / "again").mkdir(parents=True)
+    facts = cells.cell(dict(job.params), place, tmp_path / "cells" / "again")
+    record = json.loads((tmp_path / "cells" / "again" / "run" / "run.json").read_text())
+    assert facts["options"]["beta"] == 0.3 and facts["training"]["learning_rate"] == 7e-4
+    assert record["config"]["learning_rate"] == 7e-4 and '"beta": 0.3' in json.dumps(record)
+
+
 def test_choosing_never_sees_test_prompts(
     study: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
